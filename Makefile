@@ -1,0 +1,52 @@
+# Every target works on a fresh clone and, once it ran, without a network.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+SETUP  := settings.ini setup.py pyproject.toml constraints.txt
+export PATH := $(abspath $(BIN)):$(PATH)
+.DELETE_ON_ERROR:
+.PHONY: demo test lab bench export run clean
+
+demo: $(VENV)/ok-run
+	i2i-mamba demo --out out
+
+test: $(VENV)/ok-dev
+	nbdev_test --n_workers 2 --timing
+	python -m pytest -q tests
+	ruff check
+
+lab: $(VENV)/ok-lab
+	jupyter lab --no-browser nbs
+
+bench: $(VENV)/ok-dev
+	python bench/scan.py
+
+# For those who write: clean and export the notebooks, then README.md from index.ipynb
+export: $(VENV)/ok-dev
+	nbdev_clean && nbdev_export
+	python tools/build_readme.py nbs/index.ipynb README.md
+
+# For those who write: execute notebooks for committing, `make run NB="nbs/1_ssm/10_recurrence.ipynb"`; all without NB
+run: $(VENV)/ok-dev
+	python tools/run_nb.py $(if $(NB),$(NB),$$(git ls-files 'nbs/*.ipynb'))
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# setuptools first and no build isolation: a rebuild needs no network
+$(VENV)/ok-run: $(SETUP) | $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/ok-dev: $(VENV)/ok-run
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/ok-lab: $(VENV)/ok-dev
+	$(PIP) --no-build-isolation -e ".[dev,lab]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
