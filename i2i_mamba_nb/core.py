@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/0_start/01_core.ipynb #0e6f59e9
+# %% ../nbs/0_start/01_core.ipynb #65c822f7
 class I2IError(ValueError):
     "What is wrong, what was given, what was expected, what to do"
     def __init__(self,
@@ -41,6 +41,7 @@ class I2IError(ValueError):
 
     def __reduce__(self): return _again, (type(self), self.args, self.__dict__.copy())
 
+# %% ../nbs/0_start/01_core.ipynb #b70998df
 def _again(cls, args, state):
     "The same error on the other side of a process border (a worker's error reaches the main process whole)"
     error = cls.__new__(cls, *args)
@@ -48,7 +49,7 @@ def _again(cls, args, state):
     error.__dict__.update(state)
     return error
 
-# %% ../nbs/0_start/01_core.ipynb #966c0fb2
+# %% ../nbs/0_start/01_core.ipynb #d462691e
 class ShapeError(I2IError): "A tensor of the wrong shape, dtype or device"
 class ConfigError(I2IError): "An unknown or impossible setting"
 class CohortError(I2IError): "A manifest, split or set of modalities that cannot be used"
@@ -56,7 +57,7 @@ class CheckpointError(I2IError): "A checkpoint that is damaged or belongs to ano
 class BackendError(I2IError): "A scan backend that was asked for by name and is not there"
 class DiskError(I2IError): "A file that could not be written"
 
-# %% ../nbs/0_start/01_core.ipynb #61dda47f
+# %% ../nbs/0_start/01_core.ipynb #0ce80751
 def check_choice(
     what,           # what is chosen, for the message
     given,          # the name given
@@ -69,7 +70,7 @@ def check_choice(
     hint = f'Did you mean {near[0]!r}?' if near else 'Choose one of them.'
     raise ConfigError(what, given=repr(given), expected='one of '+', '.join(known), hint=hint)
 
-# %% ../nbs/0_start/01_core.ipynb #1078fc53
+# %% ../nbs/0_start/01_core.ipynb #bb9b99b8
 def from_dict(
     cls,            # a dataclass
     settings,       # dict of its fields
@@ -82,7 +83,7 @@ def from_dict(
         raise ConfigError(f'settings of {cls.__name__}', given=', '.join(settings) or 'none', expected=str(e).split(') ')[-1],
             hint='Add the missing settings.') from e
 
-# %% ../nbs/0_start/01_core.ipynb #ac4108ac
+# %% ../nbs/0_start/01_core.ipynb #7b4f95d4
 def _entropy(seed, keys):
     "128-bit integer from a seed and keys"
     text = json.dumps([int(seed), *[str(k) for k in keys]])
@@ -95,7 +96,7 @@ def numpy_rng(
     "NumPy generator of its own for these keys; no global state is touched"
     return np.random.default_rng(_entropy(seed, keys))
 
-# %% ../nbs/0_start/01_core.ipynb #2466eb92
+# %% ../nbs/0_start/01_core.ipynb #092266b5
 def torch_rng(
     seed,           # integer of the run
     *keys,          # what the stream is for: strings or integers
@@ -111,7 +112,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/0_start/01_core.ipynb #22d9b2ab
+# %% ../nbs/0_start/01_core.ipynb #bf86ecc1
 def free_bytes(
     path,           # file or folder, existing or not
 ):
@@ -127,7 +128,7 @@ def _disk_error(path, e):
     return DiskError(f'writing {path}', given=f'{why}, {free_bytes(path)} bytes free', expected='a writable place with room',
         hint='Free space or choose another folder; what was there before is untouched.')
 
-# %% ../nbs/0_start/01_core.ipynb #28e378cb
+# %% ../nbs/0_start/01_core.ipynb #8b53c7a4
 @contextlib.contextmanager
 def atomic_path(
     path,           # where the file shall be
@@ -144,7 +145,7 @@ def atomic_path(
     finally:
         with contextlib.suppress(OSError): part.unlink()
 
-# %% ../nbs/0_start/01_core.ipynb #f1e56026
+# %% ../nbs/0_start/01_core.ipynb #dee04ba5
 def write_bytes(
     path,           # where the file shall be
     data,           # bytes
@@ -154,13 +155,14 @@ def write_bytes(
         f.write(data)
     return Path(path)
 
+# %% ../nbs/0_start/01_core.ipynb #b1655957
 def write_text(path, text): "Write `text` as UTF-8, whole or not at all"; return write_bytes(path, text.encode())
 
 def write_json(path, obj):
     "Write `obj` as indented JSON, whole or not at all; NaN is refused"
     return write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)+'\n')
 
-# %% ../nbs/0_start/01_core.ipynb #b72ffe6a
+# %% ../nbs/0_start/01_core.ipynb #5b87e3e7
 def read_json(
     path,           # an existing JSON file
 ):
@@ -170,11 +172,12 @@ def read_json(
         raise ConfigError(str(path), given=type(e).__name__+f' ({e})', expected='a readable JSON file',
             hint='Check the path, or write the file again.') from e
 
+# %% ../nbs/0_start/01_core.ipynb #44fbd7ac
 def sha256(path):
     "Hexadecimal SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/0_start/01_core.ipynb #cb770318
+# %% ../nbs/0_start/01_core.ipynb #991a5363
 @dataclass(frozen=True)
 class Inputs:
     "What a network takes: (b, channels, h, w) with h and w multiples of `multiple`"
@@ -184,7 +187,7 @@ class Inputs:
     low: float = -1.                        # range of the values
     high: float = 1.
 
-# %% ../nbs/0_start/01_core.ipynb #4c2d43b5
+# %% ../nbs/0_start/01_core.ipynb #e0cf633e
 @dataclass(frozen=True)
 class Network:
     "Record of one network"
@@ -199,7 +202,7 @@ class Network:
     ablations: dict = field(default_factory=dict)  # switch -> overriding configuration
     kind: str = 'generator'                 # generator or discriminator
 
-# %% ../nbs/0_start/01_core.ipynb #cd145085
+# %% ../nbs/0_start/01_core.ipynb #4ff76f66
 @dataclass(frozen=True)
 class Recipe:
     "Record of one way to learn"
@@ -208,7 +211,7 @@ class Recipe:
     build: Callable                         # networks and options by keyword -> recipe object
     networks: dict                          # role -> registered name; None is chosen by the user
 
-# %% ../nbs/0_start/01_core.ipynb #0e07917a
+# %% ../nbs/0_start/01_core.ipynb #3845f344
 _records = {Network: {}, Recipe: {}}
 
 def register(
@@ -218,12 +221,13 @@ def register(
     _records[type(record)][record.name] = record
     return record
 
+# %% ../nbs/0_start/01_core.ipynb #9478ac71
 def _discover(package):
     "Import every module of a subpackage, so that its records enter the registry"
     home = importlib.import_module(f'{__package__ or "i2i_mamba_nb"}.{package}')
     for m in pkgutil.iter_modules(home.__path__): importlib.import_module(f'{home.__name__}.{m.name}')
 
-# %% ../nbs/0_start/01_core.ipynb #98e8f057
+# %% ../nbs/0_start/01_core.ipynb #bcf356d7
 def networks(
     kind=None,      # 'generator', 'discriminator' or None for all
 ):
@@ -231,6 +235,7 @@ def networks(
     _discover('models')
     return {n: r for n, r in sorted(_records[Network].items()) if kind in (None, r.kind)}
 
+# %% ../nbs/0_start/01_core.ipynb #2cef9549
 def recipes():
     "Registered recipes by name"
     _discover('learn')
@@ -239,7 +244,7 @@ def recipes():
 def network(name): "The record of a network; ConfigError names the nearest"; return networks()[check_choice('network', name, networks())]
 def recipe(name): "The record of a recipe; ConfigError names the nearest"; return recipes()[check_choice('recipe', name, recipes())]
 
-# %% ../nbs/0_start/01_core.ipynb #4bb731f4
+# %% ../nbs/0_start/01_core.ipynb #23912f23
 def slice_view(
     volume,         # (x, y, z) array in canonical RAS orientation
     axis=2,         # 0 sagittal, 1 coronal, 2 axial
@@ -249,7 +254,7 @@ def slice_view(
     index = volume.shape[axis]//2 if index is None else index
     return np.take(np.asarray(volume), index, axis).T[::-1]
 
-# %% ../nbs/0_start/01_core.ipynb #ff63741e
+# %% ../nbs/0_start/01_core.ipynb #2fb9d8cc
 def _panel(ax, image, title, cmap, limits, colorbar):
     "One picture on one pair of axes"
     low, high = limits or (None, None)
@@ -258,6 +263,7 @@ def _panel(ax, image, title, cmap, limits, colorbar):
     ax.set_xticks([]), ax.set_yticks([])
     if colorbar: ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03)
 
+# %% ../nbs/0_start/01_core.ipynb #c796c31a
 def _grid(n, ncols, size, aspect=1.):
     "Figure with n axes in ncols columns, the rest switched off"
     import matplotlib.pyplot as plt
@@ -267,7 +273,7 @@ def _grid(n, ncols, size, aspect=1.):
     for ax in axes.flat[n:]: ax.axis('off')
     return fig, axes.flat[:n]
 
-# %% ../nbs/0_start/01_core.ipynb #aa7fb715
+# %% ../nbs/0_start/01_core.ipynb #0be54cc5
 def show_images(
     images,             # list of 2-D arrays [row, column]
     titles=None,        # list of titles
@@ -284,7 +290,7 @@ def show_images(
     for k, (ax, image) in enumerate(zip(axes, images, strict=True)): _panel(ax, image, titles and titles[k], cmap, limits, colorbar)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #a4523b25
+# %% ../nbs/0_start/01_core.ipynb #4d2db2b5
 def show_comparison(
     sources,            # dict name -> 2-D array
     target,             # 2-D array
@@ -303,7 +309,7 @@ def show_comparison(
     _panel(axes[-1], np.abs(np.asarray(fake)-np.asarray(target)), 'absolute error', 'inferno', (0, (high-low)/4), True)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #7d2ab6f2
+# %% ../nbs/0_start/01_core.ipynb #46899bb9
 def show_curves(
     curves,             # dict name -> y, or (x, y)
     *,
@@ -322,7 +328,7 @@ def show_curves(
     ax.legend(fontsize=8), ax.grid(alpha=.3)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #3c110e4d
+# %% ../nbs/0_start/01_core.ipynb #341bad26
 GLOSSARY = {
     'source': 'an image that is at hand and goes into the network',
     'target': 'the image that is missing in use and present in training',
@@ -339,7 +345,7 @@ GLOSSARY = {
 
 def glossary(term): "Meaning of a term of this book; ConfigError names the nearest"; return GLOSSARY[check_choice('term', term, GLOSSARY)]
 
-# %% ../nbs/0_start/01_core.ipynb #0c87bff8
+# %% ../nbs/0_start/01_core.ipynb #993f8f88
 def versions():
     "Versions that a result depends on: python, torch, numpy and this package"
     from i2i_mamba_nb import __version__

@@ -6,7 +6,8 @@ import pytest
 
 LIB = Path(__file__).resolve().parent.parent/'i2i_mamba_nb'
 MAY = dict(core=set(), ssm={'core'}, measure={'core'}, blocks={'core', 'ssm'}, data={'core', 'measure'}, models={'core', 'ssm', 'blocks'},
-    learn={'core'}, engine={'core', 'data', 'measure', 'learn'}, app={'core', 'ssm', 'measure', 'blocks', 'data', 'models', 'learn', 'engine'})
+    learn={'core'}, engine={'core', 'data', 'measure', 'learn'},
+    app={'core', 'ssm', 'measure', 'blocks', 'data', 'models', 'learn', 'engine'})
 OUTSIDE_CORE = {'torch', 'numpy', 'matplotlib'}  # what core may import besides the standard library
 
 def imports(path, lib=LIB):

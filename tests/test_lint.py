@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in str(p))
 TEST = re.compile(r'\bassert\b|\btest_(eq|ne|fail|close|is)\b|allclose|assert_close|gradcheck|\bcheck_?\w*\(|\braises\(')
+LEDGER = re.compile(r'> Paper: .+ Ours: .+ Why: .+ Effect: .+')
 MAMBA_SSM_SIGNATURE = {'selective_scan'}  # keeps mamba-ssm's argument list, see the style guide
 
 def source(cell): return ''.join(cell['source'])
@@ -31,7 +32,9 @@ def body_lines(node):
     body = node.body[1:] if ast.get_docstring(node) else node.body
     return sum(s.end_lineno-s.lineno+1 for s in body)
 
-def arguments(node): return len([a for a in node.args.posonlyargs+node.args.args+node.args.kwonlyargs if a.arg not in ('self', 'cls', 'ctx')])
+def arguments(node):
+    "Arguments of a function without self, cls and ctx"
+    return len([a for a in node.args.posonlyargs+node.args.args+node.args.kwonlyargs if a.arg not in ('self', 'cls', 'ctx')])
 
 def first_minute(cells):
     "Words and code lines before the first H2"
@@ -55,6 +58,8 @@ def structure(cells):
     yield not exports or tests/len(code) >= .30, f'{tests} of {len(code)} code cells test: {100*tests/len(code):.0f} % < 30 %'
     yield drawn >= h2, f'{drawn} pictures < {h2} sections'
     yield not exports or 3 <= words/sum(sizes) <= 6, f'{words/sum(sizes):.1f} words per line of code, not 3 to 6'
+    rows = [w for c in prose for w in source(c).splitlines() if w.startswith('> Paper:')]
+    yield all(LEDGER.match(r) for r in rows), 'a ledger row not in the form > Paper: ... Ours: ... Why: ... Effect: ...'
     yield comments <= .1*sum(sizes), f'{comments} comment lines in {sum(sizes)} > 10 %'
     yield not any(o.get('output_type') == 'error' for c in code for o in c.get('outputs', [])), 'a stored error'
 

@@ -23,7 +23,8 @@ def merged(outputs):
 def run(path):
     "Execute the notebook at `path` in its own folder and write it back"
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}, record_timing=False).execute()
+    place = {'metadata': {'path': str(path.parent)}}
+    NotebookClient(nb, timeout=900, kernel_name='python3', resources=place, record_timing=False).execute()
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = merged([o for o in cell.outputs if stored(o)])
     nb.metadata.pop('widgets', None)
