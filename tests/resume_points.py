@@ -87,7 +87,8 @@ def main(folder, n=10, seed=0):
     seconds, operations = time.monotonic()-started, int.from_bytes(count[:], 'little')
     for k in range(n):
         out, kind, workers = folder/f'run{k}', ('operation', 'picture', 'operation', 'time', 'operation')[k % 5], 2*(k in (3, 8))
-        point = dict(operation=lambda: dice.randint(1, operations), picture=lambda: dice.randint(1, 48), time=lambda: dice.uniform(.2, .9)*seconds)[kind]()
+        low, high = dict(operation=(1, operations), picture=(1, 48), time=(.2*seconds, .9*seconds))[kind]
+        point = dice.uniform(low, high) if kind == 'time' else dice.randint(low, high)
         if kind == 'time': inside, status = killed_after(out, point, workers), -signal.SIGKILL
         else:
             status = wait(child(out, **{kind: point}))

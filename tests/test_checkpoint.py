@@ -27,7 +27,7 @@ def quiet_load(folder):
         warnings.simplefilter('ignore', ck.CheckpointWarning)
         return ck.load(folder)
 
-def leftovers(folder): return [p.name for p in folder.iterdir() if not (p.name == 'LATEST' or p.name.startswith('step_') and p.suffix == '')]
+def leftovers(folder): return [p.name for p in folder.iterdir() if p.name != 'LATEST' and (not p.name.startswith('step_') or p.suffix)]
 
 @pytest.fixture
 def operations(monkeypatch):
@@ -65,8 +65,7 @@ def test_a_whole_checkpoint_at_every_instant(tmp_path, operations, monkeypatch):
     assert ck.steps(tmp_path/'run') == [30, 40] and leftovers(tmp_path/'run') == []
 
 def test_what_a_kill_leaves_is_swept(tmp_path, operations, monkeypatch):
-    class Killed(BaseException): pass
-    "A kill cannot be caught; here one goes through without any cleaning, by leaving the tree as it was at each operation"
+    "The tree as it was before each operation is what a kill there would leave"
     saved(tmp_path/'run', 0, 10)
     snapshots = []
     def look(name, path):
@@ -93,8 +92,12 @@ def test_steps_that_a_fallback_left_behind_go(tmp_path):
     saved(tmp_path, 10, 20, 30)
     shutil.rmtree(tmp_path/'step_30')
     with pytest.warns(ck.CheckpointWarning, match='step_30 is damaged: it is not there. Going on from .*step_20 instead'): ck.load(tmp_path)
-    saved(tmp_path, 15)
-    assert ck.steps(tmp_path) == [10, 15] and ck.load(tmp_path).step == 15
+    saved(tmp_path, 25)
+    assert ck.steps(tmp_path) == [20, 25] and ck.load(tmp_path).step == 25
+    (tmp_path/'step_25'/'state.json').unlink()
+    with pytest.warns(ck.CheckpointWarning): ck.load(tmp_path)
+    saved(tmp_path, 22)
+    assert ck.steps(tmp_path) == [20, 22] and ck.load(tmp_path).step == 22
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_a_disk_that_takes_no_more(tmp_path, operations, monkeypatch, number):
@@ -155,8 +158,8 @@ def test_a_file_in_the_way(tmp_path):
 FILES = ('network.safetensors', 'empty.safetensors', 'state.json', 'manifest.json')
 PICKLE = b'\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x01:\x94\x85\x94R\x94.'
 DAMAGE = dict(cut=lambda p: p.write_bytes(p.read_bytes()[:-1]), empty=lambda p: p.write_bytes(b''), gone=lambda p: p.unlink(),
-    zeros=lambda p: p.write_bytes(bytes(p.stat().st_size)), pickle=lambda p: p.write_bytes(PICKLE), folder=lambda p: (p.unlink(), p.mkdir()),
-    longer=lambda p: p.write_bytes(p.read_bytes()+b'{}'), text=lambda p: p.write_text('[]'))
+    zeros=lambda p: p.write_bytes(bytes(p.stat().st_size)), pickle=lambda p: p.write_bytes(PICKLE),
+    folder=lambda p: (p.unlink(), p.mkdir()), longer=lambda p: p.write_bytes(p.read_bytes()+b'{}'), text=lambda p: p.write_text('[]'))
 
 @pytest.mark.parametrize('name', FILES)
 @pytest.mark.parametrize('kind', DAMAGE)
@@ -168,21 +171,18 @@ def test_damage_falls_back_and_names_both(tmp_path, name, kind):
     assert len(seen) == 1 and str(tmp_path/'step_20') in str(seen[0].message) and str(tmp_path/'step_10') in str(seen[0].message)
 
 def test_every_bit_counts(tmp_path):
-    "300 random flips: refused, or equal to the original in every tensor and setting"
+    "300 random flips, each refused"
     saved(tmp_path, 5)
-    dice, original = random.Random(0), ck.read(tmp_path/'step_5')
-    refused = 0
+    dice = random.Random(0)
     for _ in range(300):
         path = tmp_path/'step_5'/dice.choice(FILES)
         before = path.read_bytes()
         data = bytearray(before)
         data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
         path.write_bytes(data)
-        try: found = ck.read(tmp_path/'step_5')
-        except CheckpointError: refused += 1
-        else: assert found.state == original.state and torch.equal(found.tensors['network']['w'], original.tensors['network']['w'])
+        with pytest.raises(CheckpointError): ck.read(tmp_path/'step_5')
         path.write_bytes(before)
-    assert refused > 250
+    assert ck.read(tmp_path/'step_5').step == 5
 
 def test_all_damaged_is_an_error(tmp_path):
     saved(tmp_path, 10, 20)
@@ -193,7 +193,7 @@ def test_a_manifest_cannot_lead_outside(tmp_path):
     saved(tmp_path/'run', 1)
     (tmp_path/'secret').write_text('{}')
     manifest = tmp_path/'run'/'step_1'/'manifest.json'
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'../../secret': dict(bytes=2, sha256='0')}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'../../secret': dict(bytes=2, sha256='0')}, indent=1)+'\n')
     with pytest.raises(CheckpointError, match='names a path'): ck.read(tmp_path/'run'/'step_1')
 
 def test_a_checkpoint_under_another_name(tmp_path):
@@ -219,7 +219,8 @@ def test_state_must_be_json(tmp_path):
         assert ck.load(tmp_path).step == 1 and leftovers(tmp_path) == []
 
 @pytest.mark.parametrize('kind, options', [(torch.optim.Adam, dict(betas=(.5, .999))), (torch.optim.AdamW, dict(amsgrad=True)),
-    (torch.optim.SGD, dict(lr=.1, momentum=.9)), (torch.optim.RMSprop, dict(centered=True)), (torch.optim.Adagrad, {}), (torch.optim.NAdam, {})])
+    (torch.optim.SGD, dict(lr=.1, momentum=.9)), (torch.optim.RMSprop, dict(centered=True)), (torch.optim.Adagrad, {}),
+    (torch.optim.NAdam, {})])
 def test_optimisers_go_on_bit_for_bit(tmp_path, kind, options):
     def play(weights, optimiser, n):
         for _ in range(n):

@@ -155,7 +155,9 @@ def test_paths(tmp_path):
     os.mkfifo(tmp_path/'pipe.nii')
     (tmp_path/'folder.nii').mkdir()
     (tmp_path/'loop.nii').symlink_to(tmp_path/'loop.nii')
-    for name in ('pipe.nii', 'folder.nii', 'loop.nii', 'missing.nii', 'missing.nii.gz'): refused(tmp_path/name)
+    for name, word in (('pipe.nii', 'device or pipe'), ('folder.nii', 'a folder'), ('loop.nii', 'links'),
+        ('missing.nii.gz', 'No such file')):
+        refused(tmp_path/name, word)
     for path in ('/dev/zero.nii', 'a\0b.nii', 'x'*5000+'.nii', ''):
         with pytest.raises(VolumeError): read_volume(path)
     for name in ('v.mgz', 'v.mnc', 'v.nrrd', 'v.dcm', 'v', 'v.gz', 'nii'): refused(put(tmp_path, GOOD, name), '.nii.gz')
@@ -265,10 +267,22 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
     paths = [put(tmp_path, h+bytes(100), f'a{k}.nii') for k, h in enumerate(heads)]+[put(tmp_path, h+bytes(100), f'b{k}.nii.gz') for k,
         h in enumerate(heads)]
     for k, h in enumerate([*heads, bytes(352)]): paths.append(tmp_path/f'c{k}.nii.gz'); paths[-1].write_bytes(gzip.compress(h)+big)
+    paths.append(tmp_path/'d.nii.gz')  # passes the test of sizes, and ends a little early
+    bytewise = raw(datatype=2, bitpix=8, dim=[3, 512, 512, 512, 1, 1, 1, 1])[:352]
+    paths[-1].write_bytes(packed_zeros(bytewise, 127)+gzip.compress(numpy_rng(0, 'filler').bytes(20000)))
+    refused(put(tmp_path, heads[1]+bytes(100), 'b.nii.gz'), 'bytes by its header', 'bytes of gzip')
     assert len(paths) >= 10
     out = subprocess.run([sys.executable, '-c', BOMBS, *map(str, paths)], capture_output=True, text=True, timeout=60)
     assert out.returncode == 0, out.stdout+out.stderr
     assert int(out.stdout) < 64
+
+def test_a_large_volume_is_read(tmp_path):
+    head = raw(datatype=2, bitpix=8, dim=[3, 257, 257, 257, 1, 1, 1, 1])[:352]
+    stream = bytearray(257**3)
+    stream[-1] = 7
+    v = read_volume(put(tmp_path, head+bytes(stream), 'v.nii.gz'))
+    assert v.shape == (257, 257, 257) and v.data[-1, -1, -1] == 7 == v.data.sum()
+    with pytest.raises(VolumeError, match='at most 1000 voxels'): read_volume(tmp_path/'v.nii.gz', max_voxels=1000)
 
 # ---- writing --------------------------------------------------------------------------------------------------------------------
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):

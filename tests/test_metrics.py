@@ -176,6 +176,12 @@ def test_brain_extracted_with_ringing_and_specks():
     m = head_mask(x)
     assert not m[1, 1, 1] and dice(m, zoom((r < .8)*1., 1.5, order=1) > .5) > .95
 
+@pytest.mark.parametrize('tissue', [lambda r, n: np.full(n, 5.), lambda r, n: r.uniform(.2, 1, n), lambda r, n: r.normal(100, 20, n)])
+def test_a_box_of_tissue_is_kept_whole(tissue):
+    x = np.zeros((20, 24, 18))
+    x[3:17, 4:20, 2:16] = tissue(numpy_rng(0, 'box'), (14, 16, 14))
+    assert np.array_equal(head_mask(x), np.pad(np.ones((14, 16, 14), bool), ((3, 3), (4, 4), (2, 2))))
+
 def test_signed_tissue_on_a_zero_background():
     r = radius((40, 41, 35))
     x = np.where(r < .8, numpy_rng(0, 'z').standard_normal(r.shape), 0.)

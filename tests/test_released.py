@@ -21,7 +21,8 @@ def released_shapes(n_sources):
     s = {'encoder_1.1.weight': (64, n_sources, 7, 7), 'encoder_2.0.weight': (128, 64, 3, 3), 'encoder_3.0.weight': (256, 128, 3, 3),
         'decoder_1.0.weight': (512, 128, 3, 3), 'decoder_2.0.weight': (256, 64, 3, 3), 'decoder_3.1.weight': (1, 128, 7, 7),
         'decoder_3.1.bias': (1,)}
-    for name, c in {'encoder_1.2': 64, 'encoder_2.1': 128, 'encoder_3.1': 256, 'decoder_1.1': 128, 'decoder_2.1': 64}.items(): s |= norm(name, c)
+    ends = {'encoder_1.2': 64, 'encoder_2.1': 128, 'encoder_3.1': 256, 'decoder_1.1': 128, 'decoder_2.1': 64}
+    for name, c in ends.items(): s |= norm(name, c)
     for j in range(1, 10):
         for conv, bn in ((1, 2), (5, 6)):
             block = f'bottleneck_{j}.residual_cnn.0.conv_block'
@@ -160,7 +161,7 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(model, state, cha
     assert said in str(e.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
-@pytest.mark.parametrize('other', [dict(variant='paper'), dict(variant='released', mixer='none'), dict(variant='released', mixer='matched')])
+@pytest.mark.parametrize('other', [dict(variant='paper'), *(dict(variant='released', mixer=m) for m in ('none', 'matched'))])
 def test_only_the_released_network_takes_them(other, state):
     with pytest.raises(ValueError, match="variant='released', mixer='mamba'"): load_released(I2IMamba(2, base_channels=4, **other), state)
 

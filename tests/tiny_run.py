@@ -16,7 +16,8 @@ SETTINGS = dict(sources=['T1', 'T2'], target='PD', size=[12, 20], batch_size=2, 
 
 def layers(n_in, last, norm):
     "Convolution, normalisation, dropout, convolution: has weights, buffers and randomness"
-    return nn.Sequential(nn.Conv2d(n_in, 6, 3, padding=1), norm(6), nn.ReLU(), nn.Dropout(.1), nn.Conv2d(6, 1, 3, padding=1), last)
+    first = nn.Conv2d(n_in, 6, 3, padding=1, bias=False)
+    return nn.Sequential(first, norm(6), nn.ReLU(), nn.Dropout(.1), nn.Conv2d(6, 1, 3, padding=1), last)
 
 def tiny_recipe(config, norm=nn.BatchNorm2d):
     "The paper's recipe on networks of a few hundred weights"

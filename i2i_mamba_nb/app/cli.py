@@ -3,7 +3,9 @@
 # %% auto #0
 __all__ = ['app', 'PLAIN', 'Names', 'SHORT', 'PACKAGES', 'options', 'main', 'read_setting', 'parse_settings', 'columns_text',
            'named_splits', 'proposed_cohort', 'cohort_text', 'prepare', 'with_options', 'run_config', 'remembered',
-           'check_buildable', 'train_run', 'train', 'resume', 'template_file', 'diagnosis', 'diagnosis_text', 'doctor']
+           'check_buildable', 'train_run', 'train', 'resume', 'source_paths', 'study_outputs', 'predict',
+           'predict_files', 'predict_split', 'baselines_of', 'evaluate_run', 'evaluate', 'template_file', 'diagnosis',
+           'diagnosis_text', 'doctor', 'demo']
 
 # %% ../../nbs/8_app/89_cli.ipynb #9de8246a
 import contextlib
@@ -18,7 +20,7 @@ from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-# %% ../../nbs/8_app/89_cli.ipynb #da2b90eb
+# %% ../../nbs/8_app/89_cli.ipynb #2024f767
 def _version(show):
     "Print the version and stop"
     if show:
@@ -26,10 +28,11 @@ def _version(show):
         typer.echo(f'i2i-mamba-nb {__version__}')
         raise typer.Exit
 
+# %% ../../nbs/8_app/89_cli.ipynb #1dbbd043
 app = typer.Typer(name='i2i-mamba', rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
     no_args_is_help=True, context_settings=dict(max_content_width=110, help_option_names=['-h', '--help']))
 
-# %% ../../nbs/8_app/89_cli.ipynb #05e25922
+# %% ../../nbs/8_app/89_cli.ipynb #fa4ee110
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option('--debug', help='Show the whole trace of an expected error; may stand anywhere.')] = False,
@@ -49,7 +52,7 @@ def options(
     Exit status: 0 done, 1 a defect of the program, 2 a mistake that the message explains, 130 stopped by Ctrl-C.
     """
 
-# %% ../../nbs/8_app/89_cli.ipynb #733d58bb
+# %% ../../nbs/8_app/89_cli.ipynb #c5599905
 def main(
     argv=None,      # list of words; those of the command line by default
 ):
@@ -65,7 +68,7 @@ def main(
         return 2
     return 0
 
-# %% ../../nbs/8_app/89_cli.ipynb #1a290097
+# %% ../../nbs/8_app/89_cli.ipynb #c355d83a
 def _literal(word):
     "A word as JSON where it is JSON, as text otherwise"
     try: return json.loads(word)
@@ -73,11 +76,14 @@ def _literal(word):
 
 def _whole(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
 
+# %% ../../nbs/8_app/89_cli.ipynb #f757d38f
 def _real(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
+# %% ../../nbs/8_app/89_cli.ipynb #4bb7b4c7
 PLAIN = {bool: (lambda v: isinstance(v, bool), bool), int: (_whole, int), float: (_real, float), str: (lambda v: True, str),
     dict: (lambda v: isinstance(v, dict), dict), types.NoneType: (lambda v: v is None, lambda v: v)}
 
+# %% ../../nbs/8_app/89_cli.ipynb #a842aef6
 def read_setting(
     what,           # name of the setting, for the message
     word,           # what was typed
@@ -95,7 +101,7 @@ def read_setting(
         if fits(value): return make(value)
     raise ConfigError(f'setting {what}', given=repr(word), expected=getattr(kind, '__name__', str(kind)), hint='Change the value.')
 
-# %% ../../nbs/8_app/89_cli.ipynb #a6ac177b
+# %% ../../nbs/8_app/89_cli.ipynb #2689dd4e
 def parse_settings(
     pairs,          # words key=value, or table.key=value
     cls,            # dataclass whose fields they are
@@ -116,7 +122,7 @@ def parse_settings(
         else: out[table] = read_setting(table, word, kinds[table])
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #ee0017db
+# %% ../../nbs/8_app/89_cli.ipynb #ffef204e
 def columns_text(
     rows,           # list of dicts column -> value
 ):
@@ -129,7 +135,7 @@ def columns_text(
     put = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, width, right, strict=True)] for line in cells]
     return '\n'.join('  '.join(line).rstrip() for line in put)
 
-# %% ../../nbs/8_app/89_cli.ipynb #efd43f81
+# %% ../../nbs/8_app/89_cli.ipynb #31106fec
 def named_splits(
     patients,       # all patients of the folder
     named,          # dict split -> names with commas, or None
@@ -148,7 +154,7 @@ def named_splits(
             hint='Add them to --train, --validation or --test, or leave --train out: the rest then trains.')
     return {p: out.get(p, 'train') for p in patients} if out else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #17a017dd
+# %% ../../nbs/8_app/89_cli.ipynb #a50effc5
 def proposed_cohort(folder, pattern, named, fractions, seed):
     "Cohort of a folder with its splits as named, or else drawn. Raises CohortError, ConfigError, VolumeError"
     from i2i_mamba_nb.core import CohortError
@@ -160,7 +166,7 @@ def proposed_cohort(folder, pattern, named, fractions, seed):
     splits = named_splits(sorted({s.patient for s in cohort.subjects}), named)
     return replace(cohort, subjects=tuple(replace(s, split=splits[s.patient]) for s in cohort.subjects)) if splits else cohort
 
-# %% ../../nbs/8_app/89_cli.ipynb #810e643d
+# %% ../../nbs/8_app/89_cli.ipynb #04f3b440
 def cohort_text(
     cohort,         # as `prepare` found it
 ):
@@ -172,9 +178,10 @@ def cohort_text(
     if rest := info.get('unmatched'): lines += [f'{len(rest)} other files were left out, {rest[0]} for one']
     return '\n'.join(lines).rstrip()
 
-# %% ../../nbs/8_app/89_cli.ipynb #c09130d6
+# %% ../../nbs/8_app/89_cli.ipynb #9cda327f
 Names = Annotated[str | None, typer.Option(help='Patients of this split, with commas.', show_default='none; to train: those in no list')]
 
+# %% ../../nbs/8_app/89_cli.ipynb #865b26ad
 @app.command()
 def prepare(
     folder: Annotated[Path, typer.Argument(help='Folder of NIfTI volumes.')],
@@ -186,7 +193,7 @@ def prepare(
     fractions: Annotated[tuple[float, float, float], typer.Option(help='Shares of the splits where no patient is named.')] = (.7, .1, .2),
     seed: Annotated[int, typer.Option(help='Of the draw.')] = 0,
 ):
-    """Propose a manifest for a folder of NIfTI volumes; no image is changed.
+    """Propose a manifest for a folder of volumes.
 
     \b
     Examples:
@@ -194,16 +201,17 @@ def prepare(
       i2i-mamba prepare DATA --pattern '{patient}/{modality}_N4*.nii.gz' --train patient07 --test patient19
       i2i-mamba prepare DATA --fractions 0.6 0.2 0.2 --seed 3 --out splits/third.csv
 
-    The manifest is a CSV file (patient, split, one path per modality) with a JSON file beside it; correct it by hand where it is wrong.
+    No image is changed. The manifest is a CSV file (patient, split, one path per modality) with a JSON file beside it;
+    correct it by hand where it is wrong.
     """
     from i2i_mamba_nb.data.cohort import write_manifest
     cohort = proposed_cohort(folder, pattern, dict(train=train, validation=validation, test=test), fractions, seed)
     path = write_manifest(out or folder/'manifest.csv', cohort)
     typer.echo(f'pattern {cohort.info["pattern"]}\n{cohort_text(cohort)}\nwrote {path}')
-    *sources, target = cohort.modalities
+    *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
     if sources: typer.echo(f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #1a5d9452
+# %% ../../nbs/8_app/89_cli.ipynb #374e50d9
 SHORT = {
     'preset': (str, 'laptop', 'Scale of network and training: smoke, laptop or paper.'),
     'network': (str, 'i2i_mamba', 'Registered generator, see doctor.'),
@@ -213,6 +221,7 @@ SHORT = {
     'seed': (int, 0, 'Of weights, order and crops.'),
 }
 
+# %% ../../nbs/8_app/89_cli.ipynb #1d490270
 def with_options(table):
     "Decorator: give a command one option per row of a table name -> (type, default, help); they arrive as keywords"
     def wrap(f):
@@ -223,7 +232,7 @@ def with_options(table):
         return f
     return wrap
 
-# %% ../../nbs/8_app/89_cli.ipynb #150d4b4b
+# %% ../../nbs/8_app/89_cli.ipynb #99155a6c
 def run_config(
     sources,        # modalities that go in, with commas
     target,         # modality that comes out
@@ -247,7 +256,7 @@ def run_config(
         asked['network_args'] = switches[ablation] | asked.get('network_args', {})
     return preset_config(asked.pop('preset'), **asked)
 
-# %% ../../nbs/8_app/89_cli.ipynb #67226361
+# %% ../../nbs/8_app/89_cli.ipynb #c12fd4c5
 def _main_process(): "Is this the first of several processes, or the only one?"; return os.environ.get('RANK', '0') == '0'
 
 @contextlib.contextmanager
@@ -266,7 +275,7 @@ def remembered(
             with contextlib.suppress(OSError): note.unlink()
             with contextlib.suppress(OSError): was or Path(out).rmdir()
 
-# %% ../../nbs/8_app/89_cli.ipynb #9bdf37d8
+# %% ../../nbs/8_app/89_cli.ipynb #bf34fbdf
 def check_buildable(config):
     "Refuse unknown settings of networks and recipe before any volume is read; nothing is allocated. Raises ConfigError"
     import torch
@@ -274,6 +283,7 @@ def check_buildable(config):
     from i2i_mamba_nb.engine.train import build_recipe
     with torch.device('meta'): build_recipe(config)
 
+# %% ../../nbs/8_app/89_cli.ipynb #9f0636d6
 def train_run(
     config,         # a TrainConfig
     manifest,       # path
@@ -296,7 +306,7 @@ def train_run(
         typer.echo(f'{done["steps"]} steps in {done["seconds"]:.0f} s, weights in {Path(out)/"weights.safetensors"}')
         typer.echo(f'next: i2i-mamba evaluate {out} {manifest}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #18acbf78
+# %% ../../nbs/8_app/89_cli.ipynb #354e3bde
 @app.command()
 @with_options(SHORT)
 def train(
@@ -307,7 +317,9 @@ def train(
     settings: Annotated[list[str] | None, typer.Option('--set', metavar='KEY=VALUE', help='Any setting; may be repeated.')] = None,
     **short,
 ):
-    """Train a network on a manifest, or go on with the run in --out.
+    """Train a network, or go on training.
+
+    A run in --out that was interrupted is gone on with; the command is the same.
 
     \b
     Examples:
@@ -321,13 +333,15 @@ def train(
     """
     train_run(run_config(sources, target, settings or (), **short), manifest, out)
 
-# %% ../../nbs/8_app/89_cli.ipynb #a72549ea
+# %% ../../nbs/8_app/89_cli.ipynb #f77d37be
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help='Folder of a run that was interrupted.')],
     manifest: Annotated[Path | None, typer.Option(help='Where the manifest is now.', show_default='where it was')] = None,
 ):
-    """Go on with an interrupted run, with the settings it was started with.
+    """Go on with an interrupted run.
+
+    Its settings are read from its folder.
 
     \b
     Example:
@@ -338,10 +352,146 @@ def resume(
     config = from_dict(TrainConfig, read_json(run/'config.json'))
     train_run(config, manifest or read_json(run/'command.json')['manifest'], run)
 
-# %% ../../nbs/8_app/89_cli.ipynb #7dd0519d
+# %% ../../nbs/8_app/89_cli.ipynb #5bef1a09
+def source_paths(
+    pairs,          # words NAME=path
+    known,          # modalities that the run takes
+):
+    "dict modality -> Path; a name may be one of a modality's common other names. Raises ConfigError, CohortError"
+    from i2i_mamba_nb.core import CohortError, ConfigError, check_choice
+    from i2i_mamba_nb.data.prepare import modality_name
+    out = {}
+    for pair in pairs:
+        name, equal, path = pair.partition('=')
+        if not equal:
+            raise ConfigError(f'--source {pair}', given='no equals sign', expected='NAME=path', hint=f'Write {known[0]}=a.nii.gz.')
+        name = name if name in known else modality_name(name)
+        check_choice('--source', name, known)
+        if name in out: raise ConfigError(f'--source {name}', given='twice', expected='once', hint='Give one file per modality.')
+        if not Path(path).is_file():
+            raise CohortError(f'{name} in {path}', given='no such file', expected='a NIfTI volume', hint='Check the path.')
+        out[name] = Path(path)
+    if lacking := [m for m in known if m not in out]:
+        raise CohortError('sources of the run', given=', '.join(out) or 'none', expected=', '.join(known),
+            hint=f'Add --source {lacking[0]}=file.nii.gz; the run was trained with it and has no substitute.')
+    return out
+
+# %% ../../nbs/8_app/89_cli.ipynb #0d51f0ca
+def study_outputs(
+    subjects,       # of a cohort
+    target,         # modality that is made
+    folder,         # where the volumes go
+):
+    "[(Subject, path of its synthetic volume)]"
+    def name(s): return '_'.join(filter(None, (s.patient, s.session, f'synthetic-{target}')))
+    return [(s, Path(folder)/f'{name(s)}.nii.gz') for s in subjects]
+
+# %% ../../nbs/8_app/89_cli.ipynb #145f3d6e
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
+    manifest: Annotated[Path | None, typer.Argument(help='A manifest, to predict a whole split.')] = None,
+    source: Annotated[list[str] | None, typer.Option(metavar='NAME=PATH', help='One source volume; once per modality.')] = None,
+    out: Annotated[Path | None, typer.Option(help='File to write; with a manifest, a folder.')] = None,
+    split: Annotated[str, typer.Option(help='Which split of the manifest.')] = 'test',
+):
+    """Synthesise the missing modality.
+
+    Of one patient from files, or of every patient of a split of a manifest.
+
+    \b
+    Examples:
+      i2i-mamba predict runs/flair --source T1=t1.nii.gz --source T2=t2.nii.gz --out flair.nii.gz
+      i2i-mamba predict runs/flair DATA/manifest.csv --split test --out volumes
+
+    The volume lies on the sources' own grid and affine. Research only: a synthetic image can invent or hide disease.
+    """
+    from i2i_mamba_nb.core import ConfigError
+    given = ' and '.join(filter(None, ['files' if source else '', 'a manifest' if manifest else ''])) or 'neither files nor a manifest'
+    if bool(source) == bool(manifest) or out is None:
+        raise ConfigError('what to predict', given=given+('' if out else ', no --out'),
+            expected='--source NAME=PATH ... --out FILE, or MANIFEST --out FOLDER', hint='See i2i-mamba predict --help.')
+    for path in predict_files(run, source, out) if source else predict_split(run, manifest, split, out): typer.echo(f'wrote {path}')
+
+# %% ../../nbs/8_app/89_cli.ipynb #e1a104c5
+def predict_files(run, source, out):
+    "Synthesise from files; yields the path written"
+    from i2i_mamba_nb.engine.predict import load_run, predict_subject
+    run = load_run(run)
+    predict_subject(run, source_paths(source, list(run.config.sources)), out, progress=_main_process())
+    yield out
+
+# %% ../../nbs/8_app/89_cli.ipynb #b6020b6a
+def predict_split(run, manifest, split, out):
+    "Synthesise every subject of a split; yields the paths written"
+    from i2i_mamba_nb.data.cohort import read_manifest, require
+    from i2i_mamba_nb.engine.predict import load_run, predict_subject
+    run = load_run(run)
+    sources = list(run.config.sources)
+    for subject, path in study_outputs(require(read_manifest(manifest), sources, split), run.config.target, out):
+        predict_subject(run, {m: subject.paths[m] for m in sources}, path, progress=_main_process())
+        yield path
+
+# %% ../../nbs/8_app/89_cli.ipynb #102391d0
+def baselines_of(
+    cohort,         # a Cohort
+    sources,        # modalities
+    target,         # modality
+    seed=0,         # of the pixel MLP
+):
+    "dict name -> predictor: what needs no network; empty where no subject trains"
+    from i2i_mamba_nb.engine.evaluate import fit_copy, fit_mean_image, fit_pixel_mlp
+    if not cohort.split('train'): return {}
+    made = fit_copy(cohort, sources, target), fit_mean_image(cohort, sources, target), fit_pixel_mlp(cohort, sources, target, seed=seed)
+    return {b.name: b for b in made}
+
+# %% ../../nbs/8_app/89_cli.ipynb #cb657acd
+def evaluate_run(folder, manifest, split, out, baselines):
+    "(Assessment, path of the page) of a run on a split. Raises I2IError"
+    from i2i_mamba_nb.app.report import assess, evaluation_page
+    from i2i_mamba_nb.core import write_json
+    from i2i_mamba_nb.data.cohort import read_manifest, require
+    from i2i_mamba_nb.engine.evaluate import card
+    from i2i_mamba_nb.engine.predict import load_run, predictor
+    run, cohort = load_run(folder), read_manifest(manifest)
+    sources, target = list(run.config.sources), run.config.target
+    require(cohort, [*sources, target], split)
+    methods = {run.config.network: predictor(run)} | (baselines_of(cohort, sources, target) if baselines else {})
+    found = assess(methods, cohort, sources, target, split=split, progress=_main_process())
+    facts = card(cohort, target, sources=sources, split=split, run=run.info)
+    write_json(out/'card.json', facts)
+    title = f'{target} from {", ".join(sources)}: {run.config.network} on {split}'
+    log = {run.config.network: Path(folder)/'log.csv'} if (Path(folder)/'log.csv').exists() else {}
+    return found, evaluation_page(out, title, found, facts, logs=log, files={'card.json': 'protocol, versions, settings'})
+
+# %% ../../nbs/8_app/89_cli.ipynb #8616d648
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
+    manifest: Annotated[Path, typer.Argument(help='CSV file from prepare; its subjects need the target too.')],
+    split: Annotated[str, typer.Option(help='train, validation or test.')] = 'test',
+    out: Annotated[Path | None, typer.Option(help='Folder for page, tables and card.', show_default='RUN/evaluation-SPLIT')] = None,
+    baselines: Annotated[bool, typer.Option(help='Also copy-the-source, mean image and per-pixel MLP.')] = True,
+):
+    """Score a run on whole volumes.
+
+    Beside three baselines that need no network; writes table, CSV, card and an HTML page with pictures.
+
+    \b
+    Examples:
+      i2i-mamba evaluate runs/flair DATA/manifest.csv
+      i2i-mamba evaluate runs/flair DATA/manifest.csv --split validation --no-baselines --out results
+    """
+    from i2i_mamba_nb.app.report import results_rows
+    found, page = evaluate_run(run, manifest, split, out or Path(run)/f'evaluation-{split}', baselines)
+    if baselines and len(found.summary) == 1: typer.echo('no training subject in the manifest: baselines left out', err=True)
+    typer.echo(f'{columns_text(results_rows(found.summary))}\nwrote {page}')
+
+# %% ../../nbs/8_app/89_cli.ipynb #f30e817d
 PACKAGES = ('numpy', 'scipy', 'einops', 'safetensors', 'nibabel', 'SimpleITK', 'scikit-image', 'scikit-learn', 'nilearn', 'pandas',
     'matplotlib', 'accelerate', 'triton', 'mamba-ssm')
 
+# %% ../../nbs/8_app/89_cli.ipynb #3b54c22a
 def _package_versions():
     "dict package -> version, or 'not installed'"
     from importlib import metadata
@@ -353,6 +503,7 @@ def _package_versions():
         except metadata.PackageNotFoundError: out[name] = 'not installed'
     return out
 
+# %% ../../nbs/8_app/89_cli.ipynb #73e9e7c8
 def _machine():
     "dict: what the computer has"
     import psutil
@@ -365,7 +516,7 @@ def _machine():
         memory=f'{memory.total/gb:.1f} GB, {memory.available/gb:.1f} GB free', accelerator=', '.join(gpu) or 'none',
         disk=f'{free_bytes(Path.cwd())/gb:.1f} GB free here')
 
-# %% ../../nbs/8_app/89_cli.ipynb #28c8f6df
+# %% ../../nbs/8_app/89_cli.ipynb #1f029962
 def template_file():
     "Path of the MNI152 template inside nilearn, or None"
     from importlib.util import find_spec
@@ -373,6 +524,7 @@ def template_file():
     folder = Path(spec.origin).parent/'datasets'/'data' if spec else None
     return next(iter(sorted(folder.glob('*t1*nii.gz'))), None) if folder else None
 
+# %% ../../nbs/8_app/89_cli.ipynb #7a24404c
 def diagnosis():
     "dict section -> dict name -> state: what works here"
     from i2i_mamba_nb.core import networks, recipes
@@ -383,13 +535,16 @@ def diagnosis():
     return {'versions': _package_versions(), 'machine': _machine(), 'scan backends': scans, 'registry': records,
         'data': {'template': str(found) if found else 'missing: pip install --force-reinstall nilearn'}}
 
+# %% ../../nbs/8_app/89_cli.ipynb #822dc935
 def diagnosis_text(sections): "A diagnosis as indented lines"; return '\n'.join(
     f'{title}\n' + '\n'.join(f'  {k:<16} {v}' for k, v in entries.items()) for title, entries in sections.items())
 
-# %% ../../nbs/8_app/89_cli.ipynb #86c6a89d
+# %% ../../nbs/8_app/89_cli.ipynb #60c72a9f
 @app.command()
 def doctor():
-    """Say what works on this machine, and why the rest does not.
+    """Say what works on this machine.
+
+    And why the rest does not.
 
     \b
     Example:
@@ -401,5 +556,30 @@ def doctor():
         typer.echo('something that is needed is missing, see above', err=True)
         raise typer.Exit(2)
 
-# %% ../../nbs/8_app/89_cli.ipynb #53c0da38
+# %% ../../nbs/8_app/89_cli.ipynb #3ce27d38
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help='Folder for everything; the cohort in it is used again.')] = Path('out'),
+    seconds: Annotated[float, typer.Option(help='Of training, for each of two networks.')] = 100.,
+    seed: Annotated[int, typer.Option(help='Of weights, order and crops.')] = 0,
+    preset: Annotated[str, typer.Option(help='Scale: smoke, laptop or paper.')] = 'laptop',
+):
+    """The whole path on simulated patients.
+
+    Trains I2I-Mamba and its twin without Mamba, scores both on whole volumes, writes a page with pictures.
+
+    \b
+    Examples:
+      i2i-mamba demo
+      i2i-mamba demo --out out --seconds 300
+    """
+    from i2i_mamba_nb.app.demo import demo as run_demo
+    from i2i_mamba_nb.app.demo import next_steps
+    try: page = run_demo(out, seconds=seconds, seed=seed, preset=preset, echo=typer.echo)
+    except KeyboardInterrupt as e:
+        typer.echo(f'i2i-mamba: {e or "stopped"}', err=True)
+        raise typer.Exit(130) from None
+    typer.echo(next_steps(page))
+
+# %% ../../nbs/8_app/89_cli.ipynb #897dafe0
 if __name__ == '__main__' and globals().get('__package__') == 'i2i_mamba_nb.app': sys.exit(main())

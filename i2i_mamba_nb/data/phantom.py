@@ -215,9 +215,9 @@ def lesion_sites():
         glioma=(depth > 5) & (ventricle > 8) & upper)
     return {k: 2*np.argwhere(v) for k, v in found.items()}
 
-# %% ../../nbs/2_data/21_phantom.ipynb #d26ec9a1
+# %% ../../nbs/2_data/21_phantom.ipynb #a5afb788
 LESIONS = ('plaque', 'vascular', 'core', 'rim', 'oedema')
-TISSUES = ('csf', 'gm', 'wm', *LESIONS, 'bone', 'scalp')
+TISSUES = ('csf', 'gm', 'wm', *LESIONS, 'bone', 'marrow', 'scalp')
 
 def _box(shape, centre, reach):
     "Slices of a cube around `centre`, and the positions in it relative to the centre, mm"
@@ -262,11 +262,12 @@ def draw_lesions(
         _paint_glioma(images, rng, *glioma)
     return images, glioma
 
-# %% ../../nbs/2_data/21_phantom.ipynb #77232c57
+# %% ../../nbs/2_data/21_phantom.ipynb #dc8fc7b7
 class Anatomy(NamedTuple):
     "One subject's head on a grid: values only where there is something"
     inside: tuple           # three index arrays of the n voxels that are not air
-    fractions: np.ndarray   # (10, n) shares of TISSUES; what is missing to 1 is air
+    fractions: np.ndarray   # (11, n) shares of TISSUES; what is missing to 1 is air
+    brain: np.ndarray       # (n,) share that brain extraction keeps
     texture: np.ndarray     # (n,) the template's own T1 variation
     grid: Grid
     least_jacobian: float   # smallest determinant of the warp, relative to its scale
@@ -288,22 +289,25 @@ def _with_lesions(tissues, lesions):
     soft = soft/np.maximum(soft.sum(0), 1)*wm
     return np.stack([csf, gm, wm-soft.sum(0), soft[0], soft[1], *tumour, soft[2]])
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ed89335f
-def _ramp(d, edge): "Share of a voxel that lies outside a surface at distance `edge`"; return np.clip(d-edge+.5, 0, 1)
-
+# %% ../../nbs/2_data/21_phantom.ipynb #4305b357
 def _with_shell(seed, brain, distance, positions):
-    "(10, n) shares: brain, fluid under the skull, then bone and scalp of smoothly varying thickness"
+    "(11, n) shares: brain, fluid under the skull, then bone with marrow inside and scalp, of smoothly varying thickness"
     rng = numpy_rng(seed, 'shell')
-    wave = [np.cos(positions.T@rng.normal(0, .04, 3)+rng.uniform(0, 6)).astype(np.float32) for _ in range(2)]
-    inner, bone, skin = 1.5, 6+1.5*wave[0]+rng.uniform(-1, 1), 5+1.2*wave[1]+rng.uniform(-1, 1)
-    head = 1-_ramp(distance, inner+bone+skin)
-    outside_bone, outside_fluid = _ramp(distance, inner+bone), _ramp(distance, inner)
-    fluid = np.clip((1-outside_fluid)-brain.sum(0), 0, 1)
-    shares = np.stack([*brain, np.clip(outside_fluid-outside_bone, 0, 1), np.clip(outside_bone-(1-head), 0, 1)])
-    shares[0] += fluid
+    wave = [np.cos(positions.T@rng.normal(0, .03, 3)+rng.uniform(0, 6)).astype(np.float32) for _ in range(2)]
+    bone, skin = 6.5+1.2*wave[0]+rng.uniform(-1, 1), 4.5+wave[1]+rng.uniform(-1, 1)
+    fluid, skull, head = [np.clip(edge+.5-distance, 0, 1) for edge in (1.5, 1.5+bone, 1.5+bone+skin)]
+    marrow = (skull-fluid)*.55*np.clip(1.6-2*np.abs(distance-1.5-bone/2)/(.6*bone), 0, 1)
+    shares = np.stack([*brain, np.clip(skull-fluid-marrow, 0, 1), marrow, np.clip(head-skull, 0, 1)])
+    shares[0] += np.clip(fluid-brain.sum(0), 0, 1)
     return shares/np.maximum(shares.sum(0), 1)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #cf6d084d
+def _in_fluid(brain):
+    "(11, n) shares of a brain without its skull: what is not brain in a voxel at its surface is fluid, not air"
+    shares = np.concatenate([brain, np.zeros((3, brain.shape[1]), np.float32)])
+    shares[0] += np.clip(1-brain.sum(0), 0, 1)
+    return shares
+
+# %% ../../nbs/2_data/21_phantom.ipynb #b5a81941
 def build_anatomy(
     seed,                   # integer of the subject
     grid,                   # Grid
@@ -324,16 +328,16 @@ def build_anatomy(
     if whole_head: near, distance = near[distance < 19], distance[distance < 19]
     inside, value = np.unravel_index(near, grid.shape), sample(np.concatenate([base.maps, lesions]), points[:, near])
     brain = _with_lesions(_individual(seed, value[:3], grid, inside), value[4:])
-    shares = _with_shell(seed, brain, distance, points[:, near]) if whole_head else np.concatenate([brain, np.zeros((2, len(near)), np.float32)])
-    return Anatomy(inside, shares.astype(np.float32), value[3], grid, least)
+    shares = _with_shell(seed, brain, distance, points[:, near]) if whole_head else _in_fluid(brain)
+    return Anatomy(inside, shares.astype(np.float32), value[:3].sum(0), value[3], grid, least)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #c48d03d9
+# %% ../../nbs/2_data/21_phantom.ipynb #a452e39d
 RELAXATION = {                              # tissue: T1 ms, T2 ms, proton density relative to water
     1.5: dict(csf=(4300, 1900, 1.), gm=(1188, 95, .86), wm=(656, 72, .77), plaque=(990, 150, .95), vascular=(990, 150, .74),
-        core=(2000, 225, .95), rim=(1300, 130, .88), oedema=(1100, 160, .88), bone=(200, .5, .2), scalp=(600, 60, .8)),
+        core=(2000, 225, .95), rim=(1300, 130, .88), oedema=(1100, 160, .88), bone=(200, .5, .2), marrow=(365, 100, .9), scalp=(600, 58, 1.)),
     3.: dict(csf=(4300, 1900, 1.), gm=(1820, 99, .86), wm=(1084, 69, .77), plaque=(1630, 145, .95), vascular=(1630, 145, .74),
-        core=(2600, 220, .95), rim=(1900, 130, .88), oedema=(1650, 155, .88), bone=(200, .5, .2), scalp=(650, 60, .8))}
-HOUNSFIELD = dict(csf=8., gm=38., wm=28., plaque=24., vascular=22., core=14., rim=42., oedema=18., bone=1100., scalp=20.)
+        core=(2600, 220, .95), rim=(1900, 130, .88), oedema=(1650, 155, .88), bone=(200, .5, .2), marrow=(400, 100, .9), scalp=(800, 55, 1.))}
+HOUNSFIELD = dict(csf=8., gm=38., wm=28., plaque=24., vascular=22., core=14., rim=42., oedema=18., bone=1200., marrow=150., scalp=10.)
 RELAXIVITY = {1.5: 3.3e-3, 3.: 3.0e-3}      # per ms and mmol/l, gadoterate in plasma
 UPTAKE = dict(rim=.9, plaque=.12, core=.1, gm=.03, wm=.02, scalp=.15)    # mmol/l of contrast agent some minutes after injection
 
@@ -403,22 +407,22 @@ class Site:
     receive: float          # standard deviation of the log receive field that all contrasts share
     sequences: dict = field(default_factory=dict)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #65ce266d
+# %% ../../nbs/2_data/21_phantom.ipynb #b0cd5d01
 def _site(name, tesla, t1, t2, pd, flair):
     "A site from (TR, TE, flip) of T1 and (TR, TE) of the others"
-    t1w = dict(kind='gradient_echo', tr=t1[0], te=t1[1], flip=t1[2], snr=16., bias=.09, blur=1.4)
+    t1w = dict(kind='gradient_echo', tr=t1[0], te=t1[1], flip=t1[2], snr=16., bias=.08, blur=1.)
     return Site(name, tesla, .03 if tesla < 2 else .06, .05, dict(
         T1=Sequence(**t1w), T1POST=Sequence(**t1w, agent=True),
-        T2=Sequence('spin_echo', *t2, snr=18., bias=.09, blur=2., thickness=3.),
-        PD=Sequence('spin_echo', *pd, snr=110., bias=.008, coil=.15, blur=1., thickness=3.),
+        T2=Sequence('spin_echo', *t2, snr=16., bias=.08, blur=1.5, thickness=3.),
+        PD=Sequence('spin_echo', *pd, snr=70., bias=.015, coil=.3, blur=1., thickness=3.),
         FLAIR=Sequence('inversion_recovery', *flair, snr=25., bias=.06, blur=1.6, thickness=3.)))
 
-SITES = (_site('A 1.5 T', 1.5, (22., 6., 30.), (4200., 95.), (4200., 18.), (9000., 110.)),
-    _site('B 3 T', 3., (14., 3.5, 18.), (5200., 85.), (6500., 11.), (11000., 120.)),
-    _site('C 1.5 T', 1.5, (14., 4.6, 22.), (6000., 110.), (5500., 14.), (8000., 100.)),
-    _site('D 3 T', 3., (20., 4.5, 25.), (3500., 75.), (5000., 15.), (9500., 130.)))
+SITES = (_site('A 1.5 T', 1.5, (22., 6., 30.), (4500., 95.), (4500., 16.), (9000., 110.)),
+    _site('B 3 T', 3., (14., 3.5, 18.), (5200., 86.), (6500., 12.), (11000., 120.)),
+    _site('C 1.5 T', 1.5, (16., 4.6, 25.), (5800., 105.), (6000., 14.), (8000., 100.)),
+    _site('D 3 T', 3., (18., 4.5, 22.), (4000., 80.), (5200., 15.), (9500., 130.)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #63a937cc
+# %% ../../nbs/2_data/21_phantom.ipynb #e19b5dbe
 class Relaxation(NamedTuple):
     "One tissue's values at n voxels"
     t1: np.ndarray
@@ -431,7 +435,7 @@ def draw_relaxation(
 ):
     "A person's own relaxation values: the table's, each off by a few percent; the two look-alike lesions stay alike in T1 and T2"
     rng, table = numpy_rng(seed, 'relaxation'), RELAXATION[tesla]
-    factor = {n: np.exp(np.array([.04, .04, .006])*rng.standard_normal(3)) for n in TISSUES}
+    factor = {n: np.exp(np.array([.03, .03, .006])*rng.standard_normal(3)) for n in TISSUES}
     factor['vascular'][:2] = factor['plaque'][:2]
     return {n: tuple(np.array(table[n])*factor[n]) for n in TISSUES}
 
@@ -439,8 +443,8 @@ def draw_textures(seed, anatomy):
     "Relative departures of T1, T2 and PD inside a tissue: the template's own T1 variation and independent fields at two scales"
     inside, axes = anatomy.inside, anatomy.grid.axes
     fine, wide = [[smooth_field(numpy_rng(seed, 'texture', k, h), axes, h, points=inside) for k in range(3)] for h in (3., 9.)]
-    t1 = -.07*anatomy.texture+.02*fine[0]+.02*wide[0]
-    return 1+t1, 1+.03*fine[1]+.03*wide[1], 1+.12*(t1)+.004*fine[2]+.004*wide[2]
+    t1 = -.04*anatomy.texture+.015*fine[0]+.015*wide[0]
+    return 1+t1, 1+.025*fine[1]+.025*wide[1], 1+.12*(t1)+.004*fine[2]+.004*wide[2]
 
 # %% ../../nbs/2_data/21_phantom.ipynb #f3bb9225
 def _signal(sequence, relaxation, b1, tesla, dose, csf_t1):
@@ -514,7 +518,7 @@ def rician(
     a, b = rng.standard_normal((2, *np.shape(signal)), dtype=np.float32)*np.float32(sigma)
     return np.sqrt((signal+a)**2+b**2)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #195d8f93
+# %% ../../nbs/2_data/21_phantom.ipynb #7e48be90
 class Phantom(NamedTuple):
     "A simulated subject; all arrays (x, y, z) on one RAS grid"
     images: dict            # contrast -> float32 image; CT in HU
@@ -532,10 +536,10 @@ def _labels(anatomy):
     labels['lesion'] = np.zeros(labels['gm'].shape, np.uint8)
     for name, code in LESION_CODES.items(): labels['lesion'][labels[name] > .4] = code
     labels['glioma'] = np.isin(labels['lesion'], [LESION_CODES[n] for n in ('core', 'rim', 'oedema')])
-    labels['brain'] = sum(labels[n] for n in TISSUES[:8])
+    labels['brain'] = take(anatomy.brain)
     return labels
 
-# %% ../../nbs/2_data/21_phantom.ipynb #32738651
+# %% ../../nbs/2_data/21_phantom.ipynb #ba7b55da
 def _transmit(seed, site, anatomy):
     "(n,) true over nominal flip angle: stronger in the middle of the head, with a smooth departure of its own"
     x, y, z = (a[i]/e for a, i, e in zip(anatomy.grid.axes, anatomy.inside, EXTENT, strict=True))
@@ -547,7 +551,7 @@ def _mri(seed, name, site, anatomy, state, brain):
     rng, s = numpy_rng(seed, 'scan', name), site.sequences[name]
     s = replace(s, tr=s.tr*float(np.exp(.02*rng.standard_normal())), te=s.te*float(np.exp(.02*rng.standard_normal())))
     signal = np.abs(magnetisation(anatomy, s, *state[:3], site.field))*state[3]**np.float32(s.coil)
-    gain = 400*np.exp(.3*rng.standard_normal())/signal[anatomy.fractions[:8].sum(0) > .5].mean()
+    gain = 400*np.exp(.3*rng.standard_normal())/signal[anatomy.brain > .5].mean()
     signal *= np.exp(s.bias*smooth_field(numpy_rng(seed, 'bias', name), anatomy.grid.axes, 65., points=anatomy.inside))*np.float32(gain)
     image = rician(acquire(signal, anatomy, s.blur, s.thickness), 400/s.snr, numpy_rng(seed, 'noise', name))
     return (image if brain is None else image*brain).astype(np.float32), asdict(s)
@@ -555,7 +559,7 @@ def _mri(seed, name, site, anatomy, state, brain):
 def _ct(seed, anatomy):
     "CT in HU: shares times the tissues' numbers, texture, blur, quantum noise; air at -1000"
     rng = numpy_rng(seed, 'scan', 'CT')
-    hu = np.array([HOUNSFIELD[n] for n in TISSUES], np.float32)+np.float32(2)*rng.standard_normal(10, dtype=np.float32)
+    hu = np.array([HOUNSFIELD[n] for n in TISSUES], np.float32)+np.float32(2)*rng.standard_normal(11, dtype=np.float32)
     hu[TISSUES.index('bone')] = HOUNSFIELD['bone']*np.exp(.08*rng.standard_normal())
     marrow = smooth_field(numpy_rng(seed, 'marrow'), anatomy.grid.axes, 6., points=anatomy.inside)
     f = anatomy.fractions
@@ -564,7 +568,7 @@ def _ct(seed, anatomy):
     noise = 6*numpy_rng(seed, 'noise', 'CT').standard_normal(image.shape, dtype=np.float32)
     return np.clip(image+noise*(image > -950), -1024, 3071).astype(np.float32), dict(kind='ct', noise_hu=6., blur=1.)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #321d5bcd
+# %% ../../nbs/2_data/21_phantom.ipynb #d4f9fc8d
 def simulate_subject(
     seed,                       # integer: the person, and all that is random
     *,
@@ -572,7 +576,7 @@ def simulate_subject(
     spacing=1.,                 # voxel size, mm: one number or three
     contrasts=('T1', 'T2', 'PD'),   # some of CONTRASTS
     pathology=None,             # 'ms', 'glioma' or 'both'; drawn by default (two in three 'ms')
-    whole_head=None,            # MRI with skull and scalp, not brain-extracted; by default when CT is asked for
+    whole_head=True,            # with skull and scalp; False: brain-extracted MRI (CT is never)
 ):
     "One simulated person: images, labels, affine, parameters. Raises ConfigError for an unknown contrast, site or spacing"
     with _one_blas_thread(): return _simulate(seed, site, spacing, contrasts, pathology, whole_head)
@@ -582,22 +586,22 @@ def _one_blas_thread():
     from threadpoolctl import threadpool_limits
     return threadpool_limits(1, 'blas')
 
-# %% ../../nbs/2_data/21_phantom.ipynb #85d0f569
+# %% ../../nbs/2_data/21_phantom.ipynb #34b686b0
 def _simulate(seed, site, spacing, contrasts, pathology, whole_head):
     "The work of `simulate_subject`"
     for c in contrasts: check_choice('contrast', c, CONTRASTS)
     kind = pathology or ('glioma' if numpy_rng(seed, 'pathology').random() < 1/3 else 'ms')
     check_choice('pathology', kind, ('ms', 'glioma', 'both'))
     where = site if isinstance(site, Site) else SITES[int(check_choice('site', str(site), range(len(SITES))))]
-    whole = 'CT' in contrasts if whole_head is None else whole_head
+    whole = bool(whole_head or 'CT' in contrasts)
     anatomy = build_anatomy(seed, make_grid(spacing), kind, whole)
     relaxation = draw_relaxation(seed, where.field)
     receive = np.exp(where.receive*smooth_field(numpy_rng(seed, 'receive'), anatomy.grid.axes, 80., points=anatomy.inside))
     state, labels = (relaxation, draw_textures(seed, anatomy), _transmit(seed, where, anatomy), receive), _labels(anatomy)
-    brain = None if whole else labels['brain'] > .5
+    brain = None if whole_head else labels['brain'] > .5
     made = {c: _ct(seed, anatomy) if c == 'CT' else _mri(seed, c, where, anatomy, state, brain) for c in contrasts}
     parameters = dict(simulated=True, notice=NOTICE, version=VERSION, seed=int(seed), site=where.name, tesla=where.field, pathology=kind,
-        whole_head=bool(whole), least_jacobian=anatomy.least_jacobian, relaxation={k: list(map(float, v)) for k, v in relaxation.items()},
+        whole_head=whole, least_jacobian=anatomy.least_jacobian, relaxation={k: list(map(float, v)) for k, v in relaxation.items()},
         sequences={c: p for c, (_, p) in made.items()})
     return Phantom({c: image for c, (image, _) in made.items()}, labels, affine_of(anatomy.grid), parameters)
 
@@ -642,7 +646,7 @@ def _sidecar(manifest):
     try: return dict(read_json(manifest.with_suffix('.json')))
     except (I2IError, ValueError, TypeError): return {}
 
-# %% ../../nbs/2_data/21_phantom.ipynb #5d091305
+# %% ../../nbs/2_data/21_phantom.ipynb #4f6e698c
 def simulate_cohort(
     folder,                     # where the volumes and manifest.csv go
     *,
@@ -651,7 +655,7 @@ def simulate_cohort(
     spacing=(1.5, 1.5, 3.),     # voxel size, mm
     seed=0,                     # of the whole cohort
     sites=SITES,                # in turn within each split, so that a test site was seen in training
-    whole_head=None,            # see simulate_subject
+    whole_head=True,            # with skull and scalp; False: brain-extracted MRI
     progress=None,              # called with (subjects done, subjects in all) after each
 ):
     "Simulated cohort on the disk; made once, reused while settings and files are unchanged. Raises ConfigError, CohortError, DiskError"

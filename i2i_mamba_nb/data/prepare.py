@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ALIASES', 'FIELDS', 'WORDS', 'LAYOUTS', 'modality_name', 'compile_pattern', 'propose_manifest']
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c2629ad2
+# %% ../../nbs/2_data/23_prepare.ipynb #984d31f0
 import os
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core import CohortError, ConfigError, check_choice
 from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, split_patients
 from .volume import SUFFIXES, read_grid, same_grid
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7c266b32
+# %% ../../nbs/2_data/23_prepare.ipynb #644270a8
 ALIASES = {
     'T1': ('T1', 'T1W', 'T1WI', 'T1N', 'T1_WEIGHTED', 'MPRAGE', 'SPGR'),
     'T1POST': ('T1POST', 'T1_POST', 'T1CE', 'T1C', 'T1GD', 'T1WCE', 'T1KM', 'CE-T1W', 'T1W-CE', 'T1CONTRAST'),
@@ -28,16 +28,18 @@ ALIASES = {
     'segmentation': ('SEGMENTATION', 'SEG', 'LABEL', 'LABELS'),
 }
 
+# %% ../../nbs/2_data/23_prepare.ipynb #9d4bdc36
 def modality_name(
     word,               # as it stands in a file name
 ):
     "Our name for a modality or label, whatever its case; an unknown word is returned as it is"
     return next((name for name, words in ALIASES.items() if word.upper() in words), word)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9ed067c4
+# %% ../../nbs/2_data/23_prepare.ipynb #750c295d
 FIELDS = ('patient', 'session', 'modality')
 WORDS = '|'.join(sorted((re.escape(w) for words in ALIASES.values() for w in words), key=len, reverse=True))
 
+# %% ../../nbs/2_data/23_prepare.ipynb #7ddcda3d
 def _piece(part, seen, known):
     "Regular expression of one piece of a pattern"
     if part == '**/': return '(?:.+/)?'
@@ -49,6 +51,11 @@ def _piece(part, seen, known):
     seen.add(name)
     return f'(?P<{name}>(?i:{WORDS}))' if name == 'modality' and known else f'(?P<{name}>[^/]+?)'
 
+def _whole_word(text):
+    "A star right behind a field begins where the word of the field ends"
+    return re.sub(r'(?<!\\)\)\[\^/\]\*', lambda m: ')(?![A-Za-z0-9])[^/]*', text)
+
+# %% ../../nbs/2_data/23_prepare.ipynb #3473f506
 def compile_pattern(
     pattern,            # e.g. '{patient}/{modality}_N4*.nii.gz', with '/' between folders
     *,
@@ -57,13 +64,13 @@ def compile_pattern(
     "Compiled regular expression for relative paths. Raises ConfigError"
     seen = set()
     parts = re.split(r'(\{[^{}]*\}|\*\*/|\*+)', pattern)
-    text = ''.join(_piece('*' if re.fullmatch(r'\*+', p) else p, seen, known) for p in parts)
+    text = ''.join(_piece('*' if re.fullmatch(r'\*+', p) else p, seen, known) for p in parts if p)
     if missing := {'patient', 'modality'}-seen:
         raise ConfigError(f'pattern {pattern!r}', given=f'no {{{sorted(missing)[0]}}}', expected='{patient} and {modality}',
             hint='For instance {patient}/{modality}.nii.gz, with * for what varies.')
-    return re.compile(text)
+    return re.compile(_whole_word(text))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #ace04444
+# %% ../../nbs/2_data/23_prepare.ipynb #a2763d4b
 LAYOUTS = (
     'sub-{patient}/ses-{session}/anat/sub-{patient}_ses-{session}*_{modality}.nii.gz',
     'sub-{patient}/anat/sub-{patient}*_{modality}.nii.gz',
@@ -78,7 +85,7 @@ LAYOUTS = (
     '{patient}_{modality}.nii.gz',
 )
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9251e90f
+# %% ../../nbs/2_data/23_prepare.ipynb #12df1893
 def _files(folder):
     "Relative paths of all files below, sorted; hidden ones left out, a linked folder named but not entered"
     found = []
@@ -88,13 +95,7 @@ def _files(folder):
         found += [Path(base, f).relative_to(folder).as_posix() for f in [*files, *links] if not f.startswith('.')]
     return sorted(found)
 
-def _matches(names, pattern):
-    "dict relative path -> fields, the modality by one of its known words where that matches, else by any word"
-    strict, loose = compile_pattern(pattern, known=True), compile_pattern(pattern)
-    found = ((n, strict.fullmatch(n) or loose.fullmatch(n)) for n in names if n.lower().endswith(SUFFIXES))
-    return {n: m.groupdict() for n, m in found if m}
-
-# %% ../../nbs/2_data/23_prepare.ipynb #251333d9
+# %% ../../nbs/2_data/23_prepare.ipynb #865c8417
 def _layout(names):
     "(pattern, matches) of the common layout that explains most files; ties go to the earlier"
     best, most = None, {}
@@ -106,7 +107,13 @@ def _layout(names):
             if len(found) > len(most): best, most = pattern, found
     return best, most
 
-# %% ../../nbs/2_data/23_prepare.ipynb #ab8e3c5b
+def _matches(names, pattern):
+    "dict relative path -> fields, the modality by one of its known words where that matches, else by any word"
+    strict, loose = compile_pattern(pattern, known=True), compile_pattern(pattern)
+    found = ((n, strict.fullmatch(n) or loose.fullmatch(n)) for n in names if n.lower().endswith(SUFFIXES))
+    return {n: m.groupdict() for n, m in found if m}
+
+# %% ../../nbs/2_data/23_prepare.ipynb #f363f257
 def _grouped(folder, matches):
     "dict (patient, session) -> dict modality -> path; CohortError where two files claim one place"
     groups = {}
@@ -118,6 +125,7 @@ def _grouped(folder, matches):
         paths[modality] = folder/name
     return groups
 
+# %% ../../nbs/2_data/23_prepare.ipynb #bbaa5e9e
 def _splits(patients, splits, fractions, seed):
     "dict patient -> split: as given, or drawn"
     if splits is None: return split_patients(patients, fractions=fractions, seed=seed)
@@ -127,7 +135,7 @@ def _splits(patients, splits, fractions, seed):
         raise CohortError('splits', given=f'none for {", ".join(left[:5])}', expected='one for every patient', hint='Add them.')
     return splits
 
-# %% ../../nbs/2_data/23_prepare.ipynb #189be644
+# %% ../../nbs/2_data/23_prepare.ipynb #92d95656
 def _grid_info(subject):
     "(shape, voxel size and orientation of the first file, files that lie on another grid)"
     import nibabel as nib
@@ -147,7 +155,7 @@ def _describe(subjects, modalities):
         if lacks := [m for m in modalities if m not in s.paths]: info['missing'][key] = lacks
     return info
 
-# %% ../../nbs/2_data/23_prepare.ipynb #130e93bb
+# %% ../../nbs/2_data/23_prepare.ipynb #f8cace65
 def propose_manifest(
     folder,                     # where the volumes are
     pattern=None,               # e.g. '{patient}/{modality}_N4*.nii.gz'; common layouts are tried by default

@@ -4,7 +4,7 @@
 __all__ = ['Loaded', 'load_subject', 'restore', 'to_images', 'to_image', 'from_images', 'Box', 'fit_to', 'unfit', 'tissue_slices',
            'SlicePairs']
 
-# %% ../../nbs/2_data/24_slices.ipynb #9f7fe4c2
+# %% ../../nbs/2_data/24_slices.ipynb #5c514a32
 import tempfile
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -19,7 +19,7 @@ from .cohort import Cohort, require
 from .volume import Volume, VolumeError, from_canonical, read_grid, read_volume, same_grid, to_canonical
 from ..measure.metrics import Window, head_mask, window_of
 
-# %% ../../nbs/2_data/24_slices.ipynb #3558c09f
+# %% ../../nbs/2_data/24_slices.ipynb #de96c968
 class Loaded(NamedTuple):
     "Images of one subject, ready for a network"
     images: dict            # modality -> (x, y, z) float32 in canonical orientation, -1 to 1
@@ -27,8 +27,20 @@ class Loaded(NamedTuple):
     mask: np.ndarray        # (x, y, z) bool: in the head by at least half of the modalities
     reference: Volume       # shape, affine and header of the files; its voxels are all zero
 
+# %% ../../nbs/2_data/24_slices.ipynb #80862945
 def _kind(modality): return 'ct' if modality.upper() == 'CT' else 'mri'
 
+def _windowed(path, data, kind, window):
+    "(image in [-1, 1], window, head mask) of one canonical array; VolumeError where it has no contrast"
+    mask = head_mask(data, kind=kind)
+    if window is not None and not -np.inf < window[0] < window[1] < np.inf:
+        raise ConfigError(f'window for {path}', given=tuple(window), expected='two finite numbers, low below high', hint='Leave it out.')
+    try: window = Window(*window) if window is not None else window_of(data, mask, kind=kind)
+    except I2IError as e:
+        raise VolumeError(path, 'intensities', e.expected, e.given, 'Look at the file: it is constant, or shows no head.') from e
+    return (2*window.normalise(data)-1).astype(np.float32), window, mask
+
+# %% ../../nbs/2_data/24_slices.ipynb #c5eab6fd
 def _one_grid(subject, modalities):
     "The grid that all files share; CohortError naming the first two that differ"
     first = subject.paths[modalities[0]]
@@ -41,17 +53,7 @@ def _one_grid(subject, modalities):
             hint='Resample one onto the other (register them where the heads moved), then prepare again.')
     return grid
 
-# %% ../../nbs/2_data/24_slices.ipynb #c94f4525
-def _windowed(path, data, kind, window):
-    "(image in [-1, 1], window, head mask) of one canonical array; VolumeError where it has no contrast"
-    mask = head_mask(data, kind=kind)
-    if window is not None and not -np.inf < window[0] < window[1] < np.inf:
-        raise ConfigError(f'window for {path}', given=tuple(window), expected='two finite numbers, low below high', hint='Leave it out.')
-    try: window = Window(*window) if window is not None else window_of(data, mask, kind=kind)
-    except I2IError as e:
-        raise VolumeError(path, 'intensities', e.expected, e.given, 'Look at the file: it is constant, or shows no head.') from e
-    return (2*window.normalise(data)-1).astype(np.float32), window, mask
-
+# %% ../../nbs/2_data/24_slices.ipynb #a9393d47
 def load_subject(
     subject,            # a Subject
     modalities,         # names of images that lie on one grid
@@ -70,7 +72,7 @@ def load_subject(
     empty = Volume(np.broadcast_to(np.float32(0), grid.shape), grid.affine, grid.header)
     return Loaded(images, used, 2*votes >= len(modalities), empty)
 
-# %% ../../nbs/2_data/24_slices.ipynb #4115b80e
+# %% ../../nbs/2_data/24_slices.ipynb #0862d707
 def restore(
     reference,          # what `load_subject` returned, or a Volume on the files' grid
     array,              # (x, y, z) in canonical orientation, any unit
@@ -82,7 +84,7 @@ def restore(
         raise ShapeError('array', given=tuple(array.shape), expected=canonical.shape, hint='Undo crops and pads first.')
     return Volume(np.asarray(from_canonical(array, ornt), np.float32), volume.affine, volume.header)
 
-# %% ../../nbs/2_data/24_slices.ipynb #a08dc530
+# %% ../../nbs/2_data/24_slices.ipynb #b02df0a1
 def to_images(
     volume,             # (x, y, z) array in canonical orientation
 ):
@@ -96,6 +98,7 @@ def to_image(
     "(h, w): one axial picture the right way up"
     return volume[:, :, z].T[::-1]
 
+# %% ../../nbs/2_data/24_slices.ipynb #a3de1be3
 def from_images(
     images,             # (z, h, w), as `to_images` makes them
     shape=None,         # (x, y, z) that must come out
@@ -106,7 +109,7 @@ def from_images(
         raise ShapeError('images', given=f'{volume.shape} voxels', expected=tuple(shape), hint='Undo crops first, and give every slice.')
     return volume
 
-# %% ../../nbs/2_data/24_slices.ipynb #c650db7e
+# %% ../../nbs/2_data/24_slices.ipynb #86ebd526
 class Box(NamedTuple):
     "Where a fitted picture lies in the one it was cut from"
     shape: tuple            # (h, w) before
@@ -115,6 +118,7 @@ class Box(NamedTuple):
     left: int               # column that became column 0
     fill: float             # value of the padding
 
+# %% ../../nbs/2_data/24_slices.ipynb #a7cfcba3
 def _overlap(old, new, start):
     "(slice in the new axis, slice in the old axis) of what both show"
     low, high = max(start, 0), max(min(start+new, old), max(start, 0))
@@ -125,7 +129,7 @@ def _places(box):
     rows, columns = (_overlap(*k) for k in zip(box.shape, box.size, (box.top, box.left), strict=True))
     return (rows[0], columns[0]), (rows[1], columns[1])
 
-# %% ../../nbs/2_data/24_slices.ipynb #ac609b42
+# %% ../../nbs/2_data/24_slices.ipynb #8f684d68
 def fit_to(
     array,              # (..., h, w)
     size,               # side, or (h, w), of the result
@@ -145,7 +149,6 @@ def fit_to(
     out[(..., *new)] = array[(..., *old)]
     return out, box
 
-# %% ../../nbs/2_data/24_slices.ipynb #5bd2269f
 def unfit(
     array,              # (..., h, w) of the box's size
     box,                # what `fit_to` returned
@@ -159,7 +162,7 @@ def unfit(
     out[(..., *old)] = array[(..., *new)]
     return out
 
-# %% ../../nbs/2_data/24_slices.ipynb #3ed5b1e3
+# %% ../../nbs/2_data/24_slices.ipynb #3b7070a2
 def tissue_slices(
     mask,               # (x, y, z) bool
     min_tissue=.2,      # share of the head pixels that the fullest slice has, 0 to 1
@@ -168,6 +171,7 @@ def tissue_slices(
     count = mask.sum((0, 1))
     return np.flatnonzero((count > 0) & (count >= min_tissue*count.max()))
 
+# %% ../../nbs/2_data/24_slices.ipynb #6df445e3
 def _extent(mask):
     "(top, bottom, left, right) of the true pixels of a picture, ends exclusive"
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -179,7 +183,7 @@ def _start(n, size, low, high, pick):
     first, last = (low, high-size) if high-low > size else (max(0, high-size), min(low, n-size))
     return int(first+pick*(last-first+1))
 
-# %% ../../nbs/2_data/24_slices.ipynb #10328461
+# %% ../../nbs/2_data/24_slices.ipynb #8995600e
 def _kept(block, in_memory):
     "The block itself, or the same numbers in an unnamed file that the system deletes by itself"
     if in_memory: return block
@@ -193,7 +197,23 @@ def _kept(block, in_memory):
         raise DiskError(f'slices in {folder}', given=f'{e.strerror}, {free_bytes(folder)} bytes free',
             expected=f'room for {block.nbytes} bytes', hint='Free space, set TMPDIR to another disk, or set a limit.') from e
 
-# %% ../../nbs/2_data/24_slices.ipynb #d65136c3
+# %% ../../nbs/2_data/24_slices.ipynb #e06a31e5
+def _slices_of(subject, modalities, min_tissue):
+    "((slices, modalities, h, w) float32, [(z, tissue of the slice, tissue of the subject)]) of one subject"
+    loaded = load_subject(subject, modalities)
+    zs, masks = tissue_slices(loaded.mask, min_tissue), to_images(loaded.mask)
+    if not len(zs): raise VolumeError(subject.paths[modalities[0]], 'head', 'voxels that stand out from the background', 'none',
+        'Look at the file: it may be empty.')
+    block = np.stack([to_images(loaded.images[m])[zs] for m in modalities], 1)
+    return block, [(int(z), _extent(masks[z]), _extent(masks.any(0))) for z in zs]
+
+def _thinned(items, limit):
+    "At most `limit` items, evenly spread"
+    if limit is None or limit >= len(items): return items
+    if limit < 1: raise ConfigError('limit', given=limit, expected='1 or more', hint='Leave it out to use every slice.')
+    return [items[k] for k in np.linspace(0, len(items)-1, limit).round().astype(int)]
+
+# %% ../../nbs/2_data/24_slices.ipynb #ae8e97c2
 @dataclass(eq=False)
 class SlicePairs(Dataset):
     "Axial slices with tissue as dict(source (I, h, w), target (1, h, w), patient, z); the same bytes from any worker"
@@ -224,23 +244,7 @@ class SlicePairs(Dataset):
 
     def __getitem__(self, key): return _pair(self, *(key if isinstance(key, tuple) else (key, 0)))
 
-# %% ../../nbs/2_data/24_slices.ipynb #0bbf952f
-def _slices_of(subject, modalities, min_tissue):
-    "((slices, modalities, h, w) float32, [(z, tissue of the slice, tissue of the subject)]) of one subject"
-    loaded = load_subject(subject, modalities)
-    zs, masks = tissue_slices(loaded.mask, min_tissue), to_images(loaded.mask)
-    if not len(zs): raise VolumeError(subject.paths[modalities[0]], 'head', 'voxels that stand out from the background', 'none',
-        'Look at the file: it may be empty.')
-    block = np.stack([to_images(loaded.images[m])[zs] for m in modalities], 1)
-    return block, [(int(z), _extent(masks[z]), _extent(masks.any(0))) for z in zs]
-
-def _thinned(items, limit):
-    "At most `limit` items, evenly spread"
-    if limit is None or limit >= len(items): return items
-    if limit < 1: raise ConfigError('limit', given=limit, expected='1 or more', hint='Leave it out to use every slice.')
-    return [items[k] for k in np.linspace(0, len(items)-1, limit).round().astype(int)]
-
-# %% ../../nbs/2_data/24_slices.ipynb #0624a554
+# %% ../../nbs/2_data/24_slices.ipynb #f7a52ff4
 def _pair(data, i, draw):
     "Item i of a SlicePairs; `draw` numbers the repeats of its random crop"
     patient, block, k, z, tissue, head = data.places[i]

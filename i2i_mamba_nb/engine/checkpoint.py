@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['Packed', 'pack_optimiser', 'unpack_optimiser', 'rng_states', 'set_rng_states', 'kept_rng', 'Checkpoint',
-           'CheckpointWarning', 'owned', 'read', 'steps', 'latest', 'save', 'disk_errors', 'load']
+           'CheckpointWarning', 'owned', 'read', 'steps', 'latest', 'disk_errors', 'save', 'load']
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #bc325109
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #e0aef11f
 import contextlib
 import hashlib
 import json
@@ -22,14 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 
-from ..core import CheckpointError, ConfigError, DiskError, free_bytes, write_bytes, write_json, write_text
+from ..core import CheckpointError, ConfigError, DiskError, free_bytes, write_bytes, write_text
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #e2b48e4c
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #2758fcf9
 class Packed(NamedTuple):
     "Anything, taken apart for saving"
     tensors: dict       # name -> tensor
     rest: dict          # what JSON can hold
 
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #2af17d2e
 def pack_optimiser(
     state,              # state_dict() of any torch optimiser
 ) -> Packed:            # tensors named 'weight.key', and groups and plain values
@@ -39,7 +40,7 @@ def pack_optimiser(
     plain = {f'{k}.{name}': v for (k, name), v in flat.items() if not isinstance(v, torch.Tensor)}
     return Packed(tensors, dict(plain=plain, groups=[dict(g) for g in state['param_groups']]))
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #564b3c17
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #434ecaed
 def unpack_optimiser(
     packed,             # what pack_optimiser gave, perhaps after a trip through files
 ):
@@ -51,7 +52,7 @@ def unpack_optimiser(
     groups = [{k: tuple(v) if isinstance(v, list) and k != 'params' else v for k, v in g.items()} for g in packed.rest['groups']]
     return dict(state=state, param_groups=groups)
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #0f13f0ee
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #1aac4d77
 def rng_states() -> Packed:     # tensors and plain values
     "States of the global generators of Python, NumPy and torch"
     version, numbers, gauss = random.getstate()
@@ -60,7 +61,7 @@ def rng_states() -> Packed:     # tensors and plain values
     if torch.cuda.is_available(): tensors |= {f'cuda{k}': s for k, s in enumerate(torch.cuda.get_rng_state_all())}
     return Packed(tensors, dict(python=[version, gauss], numpy=[kind, int(position), int(has_gauss), float(cached)]))
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #a3735fb8
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #deedff68
 def set_rng_states(
     packed,                     # what rng_states gave
 ):
@@ -73,6 +74,7 @@ def set_rng_states(
     for k in range(torch.cuda.device_count()):
         if f'cuda{k}' in packed.tensors: torch.cuda.set_rng_state(packed.tensors[f'cuda{k}'].cpu(), k)
 
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #53b3765f
 @contextlib.contextmanager
 def kept_rng():
     "Leave the global generators as they were before the block"
@@ -80,7 +82,7 @@ def kept_rng():
     try: yield
     finally: set_rng_states(before)
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #d9b8f20e
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #432cc8a5
 class Checkpoint(NamedTuple):
     "A whole checkpoint in memory"
     step: int           # steps done
@@ -90,23 +92,27 @@ class Checkpoint(NamedTuple):
 
 class CheckpointWarning(UserWarning): "A checkpoint could not be used as it is"
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #7a2c3082
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #6c2dc619
 def owned(tensors):
     "Contiguous copies on the CPU: no views, no shared memory"
     return {k: torch.clone(v.detach().cpu(), memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+def _manifest(entries): return (json.dumps(entries, indent=1)+'\n').encode()
 
 def _write(folder, tensors, state):
     "All files of one checkpoint, each synced, the manifest last"
     files = {f'{stem}.safetensors': tensor_bytes(owned(named)) for stem, named in tensors.items()}
     files['state.json'] = json.dumps(state, allow_nan=False).encode()
     for name, data in files.items(): write_bytes(folder/name, data)
-    write_json(folder/'manifest.json', {n: dict(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in files.items()})
+    write_bytes(folder/'manifest.json', _manifest({n: dict(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in files.items()}))
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #c50eb558
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #8149b891
 def _checked(folder):
     "Bytes of every file of a checkpoint; ValueError saying what is damaged"
-    manifest = json.loads((folder/'manifest.json').read_bytes())
+    raw = (folder/'manifest.json').read_bytes()
+    manifest = json.loads(raw)
     if not isinstance(manifest, dict) or 'state.json' not in manifest: raise ValueError('manifest.json lists no state.json')
+    if raw != _manifest(manifest): raise ValueError('manifest.json is not as it was written')
     data = {}
     for name, expected in manifest.items():
         if Path(name).name != name: raise ValueError(f'manifest.json names a path, {name}')
@@ -115,7 +121,7 @@ def _checked(folder):
         if hashlib.sha256(data[name]).hexdigest() != expected['sha256']: raise ValueError(f'{name} does not match its SHA-256')
     return data
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #932234e3
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #c2a3dd6f
 def read(
     folder,             # path of one checkpoint, .../step_N
 ) -> Checkpoint:
@@ -130,7 +136,7 @@ def read(
         raise CheckpointError(f'checkpoint {folder}', given=f'damaged: {e}', expected='files as its manifest lists them',
             hint='Use another checkpoint.') from e
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #012ffac7
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #5b77bd29
 def steps(
     folder,             # folder of checkpoints
 ) -> list:              # steps with a folder of their own, ascending; whole or not
@@ -138,6 +144,7 @@ def steps(
     found = [re.fullmatch(r'step_(\d+)', p.name) for p in (Path(folder).iterdir() if Path(folder).is_dir() else [])]
     return sorted(int(m[1]) for m in found if m)
 
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #a31a54a5
 def latest(
     folder,             # folder of checkpoints
 ):
@@ -146,7 +153,7 @@ def latest(
     except (OSError, UnicodeDecodeError): return None
     return int(named[1]) if named else None
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #ac7c2dfe
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #856bd210
 def _sync(folder):
     "Make the names in a folder durable; only POSIX systems can open one"
     if os.name != 'posix': return
@@ -154,6 +161,7 @@ def _sync(folder):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #1243f9d4
 def _discard(path):
     "Take a checkpoint's name away first, so that half of one is never seen"
     gone = path.with_name(path.name+'.old')
@@ -166,7 +174,7 @@ def _sweep(folder):
         if re.fullmatch(r'step_\d+\.(tmp|old)', p.name): shutil.rmtree(p)
         elif p.name.startswith('.part-'): p.unlink()
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #11f280f7
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #0ba01212
 def _commit(part, final):
     "step_N.tmp becomes step_N; a damaged step_N makes room"
     _sync(part)
@@ -176,12 +184,24 @@ def _commit(part, final):
     write_text(final.parent/'LATEST', final.name+'\n')
     _sync(final.parent)
 
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #be45caac
 def _prune(folder, step, keep):
     "Remove steps after this one, which a fallback abandoned, and all but `keep` before"
     known = steps(folder)
     for old in [s for s in known if s > step] + [s for s in known if s <= step][:-keep]: _discard(folder/f'step_{old}')
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #93d2837b
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #e48c8145
+@contextlib.contextmanager
+def disk_errors(
+    path,               # what is being written, for the message
+):
+    "Turn an OSError of the block into a DiskError naming path, reason and free bytes"
+    try: yield
+    except OSError as e:
+        raise DiskError(f'writing {path}', given=f'{e.strerror or e}, {free_bytes(path)} bytes free',
+            expected='a writable place with room', hint='Free space or choose another folder; the old checkpoint is untouched.') from e
+
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #6c7e6235
 def save(
     folder,             # folder of checkpoints; made when missing
     step,               # steps done
@@ -208,18 +228,7 @@ def save(
         _prune(folder, step, keep)
     return final
 
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #85f0591e
-@contextlib.contextmanager
-def disk_errors(
-    path,               # what is being written, for the message
-):
-    "Turn an OSError of the block into a DiskError naming path, reason and free bytes"
-    try: yield
-    except OSError as e:
-        raise DiskError(f'writing {path}', given=f'{e.strerror or e}, {free_bytes(path)} bytes free',
-            expected='a writable place with room', hint='Free space or choose another folder; the checkpoint of before is untouched.') from e
-
-# %% ../../nbs/7_engine/70_checkpoint.ipynb #4e2a5bd2
+# %% ../../nbs/7_engine/70_checkpoint.ipynb #1dcad537
 def load(
     folder,             # folder of checkpoints
 ):

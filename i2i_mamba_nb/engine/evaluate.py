@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'kind_of', 'Truth', 'truth', 'NoPrediction', 'score', 'evaluate', 'summary', 'show_summary', 'Baseline',
-           'fit_copy', 'fit_pixel_mlp', 'table', 'write_rows', 'card']
+           'fit_copy', 'fit_mean_image', 'fit_pixel_mlp', 'table', 'write_rows', 'card']
 
 # %% ../../nbs/7_engine/72_evaluate.ipynb #d9a79810
 import csv
@@ -35,7 +35,7 @@ class Truth(NamedTuple):
     window: Window          # intensities that became 0 and 1
     volume: Volume          # the target itself, canonical
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #104d1879
+# %% ../../nbs/7_engine/72_evaluate.ipynb #b136a29d
 def truth(
     subject,        # a Subject
     target,         # name of the modality
@@ -45,8 +45,8 @@ def truth(
     mask = head_mask(volume.data, kind=kind)
     try: window = window_of(volume.data, mask, kind=kind) if mask.any() else window_of(mask)
     except I2IError as e:
-        raise CohortError(f'{target} of patient {subject.patient}', given=f'{e.given} in {subject.paths[target]}', expected='an image of a head',
-            hint='The volume is constant or shows no head; take the patient out of the manifest.') from e
+        raise CohortError(f'{target} of patient {subject.patient}', given=f'{e.given} in {subject.paths[target]}',
+            expected='an image of a head', hint='The volume is constant or shows no head; take the patient out of the manifest.') from e
     return Truth(window.normalise(volume.data).astype(np.float32), mask, window, volume)
 
 # %% ../../nbs/7_engine/72_evaluate.ipynb #d18407ad
@@ -124,12 +124,12 @@ def evaluate(
         rows.append(dict(method=name, patient=s.patient, session=s.session, split=split, target=target) | _row(predict, s, target, each))
     return rows
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #bf691054
+# %% ../../nbs/7_engine/72_evaluate.ipynb #0b3f0e97
 def _interval(values, seed, resamples=4999):
     "95 % percentile bootstrap interval of the mean"
     from scipy.stats import bootstrap
     if len(values) == 1: return values[0], values[0]
-    found = bootstrap((np.array(values),), np.mean, n_resamples=resamples, method='percentile', rng=numpy_rng(seed, 'bootstrap'))
+    found = bootstrap((np.array(values),), np.mean, n_resamples=resamples, method='percentile', random_state=numpy_rng(seed, 'bootstrap'))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 # %% ../../nbs/7_engine/72_evaluate.ipynb #045f7e9b
@@ -162,7 +162,7 @@ def summary(
         table.append(line | dict(unit=next((r['unit'] for r in mine if r['unit']), '')))
     return table
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #3884ab01
+# %% ../../nbs/7_engine/72_evaluate.ipynb #992e9d39
 def show_summary(
     table,          # what `summary` returned
     metric='psnr',  # which metric
@@ -171,7 +171,9 @@ def show_summary(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5.5, .7+.32*len(table)), layout='constrained')
     for k, r in enumerate(table):
-        if np.isfinite(r[metric]): ax.plot([r[metric+'_low'], r[metric+'_high']], [k, k], lw=3, color='gray'), ax.plot(r[metric], k, 'o', color='C1')
+        if not np.isfinite(r[metric]): continue
+        ax.plot([r[metric+'_low'], r[metric+'_high']], [k, k], lw=3, color='gray')
+        ax.plot(r[metric], k, 'o', color='C1')
     labels = [f'{r["method"]} (n={r["n"]}'+(f', {r["missing"]} missing)' if r['missing'] else ')') for r in table]
     ax.set(yticks=range(len(table)), yticklabels=labels, xlabel=f'{metric}, mean and 95 % bootstrap interval', ylim=(len(table)-.5, -.5))
     ax.grid(axis='x', alpha=.3)
@@ -193,16 +195,14 @@ def _unit(subject, names):
     images = np.stack([(loaded.images[n]+1)/2 for n in names])
     return images, loaded.mask | (images > 0).any(0)
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #a6f5eb63
+# %% ../../nbs/7_engine/72_evaluate.ipynb #f1e055aa
 def _training(cohort, sources, target):
     "For each training subject: it, its sources, its target and the head of the target"
     for s in require(cohort, [*sources, target], 'train'):
         images, _ = _unit(s, [*sources, target])
         yield s, images[:-1], images[-1], truth(s, target).mask
 
-Copying needs no voxel kept in memory: a least-squares line follows from six running sums per source. The source is chosen by its residual on the training heads, never by its score on the test split; and a source without any contrast has slope 0, which predicts the mean of the target.
-
-# %% ../../nbs/7_engine/72_evaluate.ipynb #aaa75dc2
+# %% ../../nbs/7_engine/72_evaluate.ipynb #d016e649
 def _line(moments):
     "(slope, intercept, residual variance) of least squares from the mean products of (1, x, y)"
     _, x, y, xx, xy, yy = moments
@@ -210,7 +210,7 @@ def _line(moments):
     a = cov/var if var > 1e-12 else 0.
     return float(a), float(y-a*x), float(yy-y*y-a*cov)
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #e9e33fd4
+# %% ../../nbs/7_engine/72_evaluate.ipynb #4521bdef
 def fit_copy(
     cohort,         # training subjects are taken from it
     sources,        # names of modalities
@@ -229,7 +229,7 @@ def fit_copy(
         return np.where(tissue, np.clip(a*x[0]+b, 0, 1), 0).astype(np.float32)
     return Baseline(f'copy {sources[best]}', predict, dict(source=sources[best], slope=a, intercept=b))
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #bb7d623c
+# %% ../../nbs/7_engine/72_evaluate.ipynb #5de2c8c7
 def fit_mean_image(
     cohort,         # training subjects are taken from it
     sources,        # not looked at; there so that all baselines are called alike
@@ -246,13 +246,12 @@ def fit_mean_image(
     def predict(subject):
         here = to_canonical(read_volume(subject.paths[target]))[0]
         if not odd and same_grid(grid, here): return total.astype(np.float32)
-        raise NoPrediction('mean image', given=f'training patient {odd} on a grid of its own' if odd else f'grid {here.shape} of {subject.patient}',
-            expected=f'one grid, that of {subjects[0].patient}: {grid.shape}', hint='Register the cohort to one grid, or read this row as not defined.')
+        given = f'training patient {odd} on a grid of its own' if odd else f'grid {here.shape} of {subject.patient}'
+        raise NoPrediction('mean image', given=given, expected=f'one grid, that of {subjects[0].patient}: {grid.shape}',
+            hint='Register the cohort to one grid, or read this row as not defined.')
     return Baseline('mean image', predict, dict(subjects=len(subjects)))
 
-The pixel network sees the same number of random voxels from every training subject, so that a large head does not dominate a small one. Its layers are so small that several threads would spend their time waiting for each other; on one thread it fits 200,000 voxels in a few seconds, and the result does not depend on the machine's number of cores.
-
-# %% ../../nbs/7_engine/72_evaluate.ipynb #fe2152d0
+# %% ../../nbs/7_engine/72_evaluate.ipynb #1cf2ad91
 def _pixels(cohort, sources, target, n, seed):
     "Random voxels of training heads, an equal share per subject: (n, sources), (n,) float32"
     share = -(-n//len(require(cohort, [*sources, target], 'train')))
@@ -263,7 +262,7 @@ def _pixels(cohort, sources, target, n, seed):
         xs.append(x.reshape(len(x), -1)[:, take].T), ys.append(y.ravel()[take])
     return np.concatenate(xs).astype(np.float32), np.concatenate(ys).astype(np.float32)
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #b93dd102
+# %% ../../nbs/7_engine/72_evaluate.ipynb #5729b397
 def fit_pixel_mlp(
     cohort,         # training subjects are taken from it
     sources,        # names of modalities
@@ -280,7 +279,8 @@ def fit_pixel_mlp(
     from sklearn.neural_network import MLPRegressor
     from threadpoolctl import threadpool_limits
     x, y = _pixels(cohort, sources, target, n, seed)
-    model = MLPRegressor(hidden_layer_sizes=hidden, batch_size=1024, learning_rate_init=2e-3, early_stopping=True, n_iter_no_change=4, max_iter=30, random_state=seed)
+    model = MLPRegressor(hidden_layer_sizes=hidden, batch_size=1024, learning_rate_init=2e-3,
+        early_stopping=True, n_iter_no_change=4, max_iter=30, random_state=seed)
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter('ignore', ConvergenceWarning)
         model.fit(x, y)
@@ -292,7 +292,7 @@ def fit_pixel_mlp(
         return out
     return Baseline('pixel MLP', predict, dict(voxels=len(y), epochs=model.n_iter_, hidden=list(hidden)))
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #6106c72c
+# %% ../../nbs/7_engine/72_evaluate.ipynb #59a66721
 def table(
     rows,           # rows of `evaluate`, or lines of `summary`
 ):
@@ -300,7 +300,7 @@ def table(
     import pandas as pd
     return pd.DataFrame(list(rows))
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #4fe6612d
+# %% ../../nbs/7_engine/72_evaluate.ipynb #a9eab9c0
 def write_rows(
     path,           # of a CSV file
     rows,           # rows of `evaluate`, or lines of `summary`
@@ -312,7 +312,7 @@ def write_rows(
     out.writeheader(), out.writerows(rows)
     return write_text(path, text.getvalue())
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #2ec8e145
+# %% ../../nbs/7_engine/72_evaluate.ipynb #aa526a9d
 def _revision():
     "Git hash of the checkout this package runs from, or None"
     import i2i_mamba_nb
@@ -325,7 +325,7 @@ def _revision():
         return next((w.split()[0] for w in packed.read_text().splitlines() if w.endswith(' '+head[5:])), None)
     except OSError: return None
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #b0a1fb3f
+# %% ../../nbs/7_engine/72_evaluate.ipynb #c2de0cd7
 def card(
     cohort,         # the Cohort evaluated
     target,         # name of the modality
@@ -341,7 +341,8 @@ def card(
     window = 'fixed, -1024 to 3071 HU' if ct else 'percentiles 0.5 and 99.5 of the target inside its head'
     return dict(protocol='strict', target=target, sources=list(sources), split=split, split_hash=split_hash(cohort),
         patients=sorted({s.patient for s in cohort.split(split)}), simulated=bool(cohort.info.get('simulated', False)),
-        window=window, mask='head of the target', data_range=1, volumes='float32, whole, axes to the right, front and top', mae_unit='HU' if ct else 'window',
+        window=window, mask='head of the target', data_range=1, mae_unit='HU' if ct else 'window',
+        volumes='float32, whole, axes to the right, front and top',
         ssim='Gaussian window of sigma 1.5 and 11 voxels, 3-D; ssim2d is the mean over axial slices; maps averaged inside the mask',
         average='sessions within a patient, then patients', interval='95 %, percentile bootstrap over patients, 4999 resamples', seed=seed,
         versions=versions() | {p: version(p) for p in ('scipy', 'scikit-image', 'scikit-learn', 'nibabel')}, git=_revision()) | more

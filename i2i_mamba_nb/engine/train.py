@@ -6,7 +6,7 @@ __all__ = ['FREE', 'PRESETS', 'CARRIED', 'TrainConfig', 'preset_config', 'batch_
            'check_same', 'resume_session', 'validate', 'Stopped', 'DivergedError', 'watched_signals', 'fit',
            'median_window', 'train']
 
-# %% ../../nbs/7_engine/71_train.ipynb #d42846f0
+# %% ../../nbs/7_engine/71_train.ipynb #ae33a2de
 import contextlib
 import datetime
 import functools
@@ -19,7 +19,6 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -67,7 +66,7 @@ class TrainConfig:
 
     def __post_init__(self): _check(self)
 
-# %% ../../nbs/7_engine/71_train.ipynb #831b99fd
+# %% ../../nbs/7_engine/71_train.ipynb #4bbd3440
 FREE = ('workers', 'checkpoint_every', 'checkpoint_seconds', 'keep')    # settings that do not touch the result
 _WHOLE = dict(batch_size=1, slices=1, max_steps=1, seed=0, validate_every=1, validate_slices=1, workers=0, checkpoint_every=1, keep=2)
 _POSITIVE = dict(epochs=0, max_seconds=0, checkpoint_seconds=0)
@@ -78,6 +77,7 @@ def _number(value, kind): return isinstance(value, kind) and not isinstance(valu
 def _refuse(config, name, expected, hint='Change the setting.'):
     raise ConfigError(f'setting {name}', given=repr(getattr(config, name)), expected=expected, hint=hint)
 
+# %% ../../nbs/7_engine/71_train.ipynb #ef084959
 def _check_numbers(config):
     "Every number in its range"
     for name, low in (_WHOLE | _POSITIVE).items():
@@ -87,13 +87,14 @@ def _check_numbers(config):
         if not fits: _refuse(config, name, f'a whole number of {low} or more' if whole else f'a number above {low}')
     if not (_number(config.constant, (int, float)) and 0 <= config.constant <= 1): _refuse(config, 'constant', 'a share, 0 to 1')
 
-# %% ../../nbs/7_engine/71_train.ipynb #f5d4a4f9
+# %% ../../nbs/7_engine/71_train.ipynb #55bf0bb3
 def _check(config):
     "Legal settings, with lists made tuples; ConfigError otherwise"
-    sources = (config.sources,) if isinstance(config.sources, str) else tuple(config.sources)
-    object.__setattr__(config, 'sources', sources)
+    sources = (config.sources,) if isinstance(config.sources, str) else config.sources
+    if not isinstance(sources, (list, tuple)) or not sources or len({str(m) for m in sources if m}) < len(sources):
+        _refuse(config, 'sources', 'one or more modalities, each once')
+    object.__setattr__(config, 'sources', tuple(sources))
     if isinstance(config.size, list): object.__setattr__(config, 'size', tuple(config.size))
-    if not sources or len(set(sources)) < len(sources): _refuse(config, 'sources', 'one or more modalities, each once')
     if config.target in sources: _refuse(config, 'target', 'a modality that is not a source', f'The sources are {", ".join(sources)}.')
     sides = config.size if isinstance(config.size, tuple) else (config.size,)
     if len(sides) > 2 or not sides or not all(_number(n, int) and n > 0 for n in sides): _refuse(config, 'size', 'one or two whole numbers')
@@ -104,12 +105,13 @@ def _check(config):
     if config.max_steps is config.epochs is config.max_seconds is None:
         raise ConfigError('length of the run', given='none', expected='max_steps, epochs or max_seconds', hint='Give one of them.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #89d8772c
+# %% ../../nbs/7_engine/71_train.ipynb #fc1e1afc
 PRESETS = dict(
     smoke=dict(size=32, batch_size=2, max_steps=8, slices=16, validate_every=4, validate_slices=2, checkpoint_every=4),
     laptop=dict(size=128, batch_size=4, max_steps=3000, validate_every=200),
     paper=dict(size=256, batch_size=1, epochs=60, augment=False, validate_every=1000))
 
+# %% ../../nbs/7_engine/71_train.ipynb #74eac5cc
 def preset_config(
     preset,             # smoke, laptop or paper
     *,
@@ -130,7 +132,7 @@ def _record(name):
     if record.kind == 'generator': return record
     raise ConfigError('network', given=f'{name}, a {record.kind}', expected='a generator', hint='Choose another network.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #519d4b2d
+# %% ../../nbs/7_engine/71_train.ipynb #7f58a488
 @functools.lru_cache(4)
 def _order(n, seed, epoch): return numpy_rng(seed, 'order', epoch).permutation(n)
 
@@ -144,7 +146,7 @@ def batch_keys(
     places = [divmod(p, n) for p in range(step*batch, (step+1)*batch)]
     return [(int(_order(n, seed, epoch)[k]), epoch) for epoch, k in places]
 
-# %% ../../nbs/7_engine/71_train.ipynb #e934174f
+# %% ../../nbs/7_engine/71_train.ipynb #890d41a5
 @dataclass
 class Batches:
     "The keys of one process's pictures, step after step"
@@ -159,7 +161,7 @@ class Batches:
         mine = slice(self.rank*self.batch_size, (self.rank+1)*self.batch_size)
         for step in itertools.count(self.start): yield batch_keys(step, self.n, self.batch_size*self.processes, self.seed)[mine]
 
-# %% ../../nbs/7_engine/71_train.ipynb #bb4ac80d
+# %% ../../nbs/7_engine/71_train.ipynb #bbdcd1b6
 def lr_factor(
     progress,           # 0 to 1
     constant=.5,        # share of the run with the full rate
@@ -167,6 +169,7 @@ def lr_factor(
     "Factor of the learning rate: one, then linearly to zero"
     return 1. if progress <= constant else max(0., (1-progress)/(1-constant))
 
+# %% ../../nbs/7_engine/71_train.ipynb #aecc2405
 def run_progress(
     step,               # steps done
     seconds,            # of training so far
@@ -176,13 +179,14 @@ def run_progress(
     "Largest share of a limit that is used up; 1 or more ends the run"
     return max(step/max_steps if max_steps else 0., seconds/max_seconds if max_seconds else 0.)
 
-# %% ../../nbs/7_engine/71_train.ipynb #729e4097
-def _known(what, build, args):
+# %% ../../nbs/7_engine/71_train.ipynb #089b82d0
+def _known(what, build, args, besides=()):
     "Refuse settings that the builder has no name for"
     parameters = inspect.signature(build).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return
-    for key in args: check_choice(f'setting of {what}', key, parameters)
+    for key in args: check_choice(f'setting of {what}', key, [p for p in parameters if p not in besides])
 
+# %% ../../nbs/7_engine/71_train.ipynb #eb98664d
 def _fits(config, record, args, channels):
     "Refuse a size or a number of channels that the network cannot take"
     if record.inputs.channels(args) != channels: raise ConfigError(f'channels of {record.name}', given=record.inputs.channels(args),
@@ -191,6 +195,7 @@ def _fits(config, record, args, channels):
         if side % record.inputs.multiple or side < record.inputs.smallest: raise ConfigError('setting size', given=config.size,
             expected=f'multiples of {record.inputs.multiple}, {record.inputs.smallest} or more, for {record.name}', hint='Change the size.')
 
+# %% ../../nbs/7_engine/71_train.ipynb #8dd2a3b4
 def _built(config, role, name):
     "The network of one role"
     i = len(config.sources)
@@ -201,18 +206,18 @@ def _built(config, role, name):
     _fits(config, record, channels | args, *channels.values())
     return record.build(**(channels | args))
 
-# %% ../../nbs/7_engine/71_train.ipynb #53207c20
+# %% ../../nbs/7_engine/71_train.ipynb #7dec6f3e
 def build_recipe(
     config: TrainConfig,    # settings
 ):
     "The recipe with its networks, fresh from the global random generator. Raises ConfigError"
     record = recipe(config.recipe)
     for role in config.role_args: check_choice('role_args', role, [r for r, name in record.networks.items() if name])
-    _known(record.name, record.build, config.recipe_args)
+    _known(record.name, record.build, config.recipe_args, record.networks)
     networks = {role: _built(config, role, name) for role, name in record.networks.items()}
     return record.build(**networks, **config.recipe_args)
 
-# %% ../../nbs/7_engine/71_train.ipynb #67e9cb57
+# %% ../../nbs/7_engine/71_train.ipynb #de8aedb1
 @dataclass
 class Session:
     "A run in memory"
@@ -223,7 +228,7 @@ class Session:
     optimisers: dict        # phase -> prepared optimiser
     settings: dict          # all that must be equal for a resume
     max_steps: int | None   # limit, epochs counted in
-    rates: dict = field(default_factory=dict)   # phase -> learning rate of each group at the start
+    rates: dict             # phase -> learning rate of each group at the start
     step: int = 0
     seconds: float = 0.
     skipped: int = 0
@@ -233,7 +238,7 @@ class Session:
     saved: tuple = (-1, 0.)         # step and seconds of the last checkpoint
     stop: str = ''          # name of a signal that asks for the end
 
-# %% ../../nbs/7_engine/71_train.ipynb #c1221bc0
+# %% ../../nbs/7_engine/71_train.ipynb #12a7d861
 def _limit(config, n, processes):
     "Number of steps that max_steps and epochs allow, None without either"
     limits = [config.max_steps, config.epochs and math.ceil(config.epochs*n/(config.batch_size*processes))]
@@ -242,7 +247,11 @@ def _limit(config, n, processes):
 def _accelerator():
     "One process or many; buffers stay with their process, since a judge is asked twice in a step"
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    given = (accelerator.mixed_precision, accelerator.gradient_accumulation_steps)
+    if given[0] in ('no', 'bf16') and given[1] == 1: return accelerator
+    raise ConfigError('settings of accelerate', given=f'mixed precision {given[0]}, {given[1]} accumulation steps',
+        expected='no or bf16, and 1', hint='Change them in the launch command or its configuration file.')
 
 def _prepared(accelerator, net):
     "The network on its device, wrapped where there are several processes"
@@ -250,6 +259,7 @@ def _prepared(accelerator, net):
         warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)     # accelerate knows no other name for it yet
         return accelerator.prepare(net)
 
+# %% ../../nbs/7_engine/71_train.ipynb #e874d377
 def open_session(
     config: TrainConfig,    # settings
     out,                    # folder of the run
@@ -264,16 +274,19 @@ def open_session(
     optimisers = {name: accelerator.prepare(o) for name, o in made.optimisers().items()}
     for name, net in made.networks.items(): made.networks[name] = _prepared(accelerator, net.train())
     seed_everything(config.seed+1+accelerator.process_index)
-    settings = json.loads(json.dumps(asdict(config))) | dict(number_of_slices=n, processes=accelerator.num_processes, **(facts or {}))
+    settings = json.loads(json.dumps(asdict(config))) | dict(number_of_slices=n, processes=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision, **(facts or {}))
     rates = {name: [g['lr'] for g in o.param_groups] for name, o in optimisers.items()}
-    return Session(config, Path(out), accelerator, made, optimisers, settings, _limit(config, n, accelerator.num_processes), rates)
+    limit = _limit(config, n, accelerator.num_processes)
+    return Session(config, Path(out), accelerator, made, optimisers, settings, limit, rates)
 
-# %% ../../nbs/7_engine/71_train.ipynb #b643640c
+# %% ../../nbs/7_engine/71_train.ipynb #fba17681
 def _averaged(accelerator, named):
     "Losses as numbers, averaged over all processes with one exchange"
     values = torch.stack([v.detach().float() for v in named.values()])
     return dict(zip(named, accelerator.reduce(values, 'mean').tolist(), strict=True))
 
+# %% ../../nbs/7_engine/71_train.ipynb #eff56ea9
 def _update(session, phase, total, mean):
     "One optimiser step; False, and no change, where loss or gradient is not finite"
     optimiser = session.optimisers[phase]
@@ -286,7 +299,7 @@ def _update(session, phase, total, mean):
     optimiser.zero_grad()
     return finite
 
-# %% ../../nbs/7_engine/71_train.ipynb #9fe7590b
+# %% ../../nbs/7_engine/71_train.ipynb #d97446f7
 def train_step(
     session,            # a Session
     batch,              # dict with source (b, I, h, w) and target (b, 1, h, w)
@@ -306,17 +319,19 @@ def train_step(
     session.step += 1
     return row
 
-# %% ../../nbs/7_engine/71_train.ipynb #a8342612
+# %% ../../nbs/7_engine/71_train.ipynb #ab008542
 def cut_log(session):
     "Cut log.csv back to what the checkpoint remembers; a log that is shorter is kept with a warning"
     path = session.out/'log.csv'
     if not path.exists(): path.touch()
-    found = path.stat().st_size
-    if found < session.log_bytes: warnings.warn(f'{path} has {found} bytes, the checkpoint remembers {session.log_bytes}: rows are missing.',
-        CheckpointWarning, stacklevel=2)
-    session.log_bytes = min(found, session.log_bytes)
+    kept = path.read_bytes()[:session.log_bytes]
+    if len(kept) < session.log_bytes:
+        warnings.warn(f'{path} has {len(kept)} bytes, the checkpoint remembers {session.log_bytes}: rows are missing.', CheckpointWarning,
+            stacklevel=2)
+    session.log_bytes = kept.rfind(b'\n')+1
     with open(path, 'r+b') as f: f.truncate(session.log_bytes)
 
+# %% ../../nbs/7_engine/71_train.ipynb #ac720429
 def write_row(session, row):
     "Append one row, whole and at once; the first one brings the header"
     session.columns = session.columns or list(row)
@@ -326,7 +341,7 @@ def write_row(session, row):
     with disk_errors(session.out/'log.csv'), open(session.out/'log.csv', 'ab', buffering=0) as f: f.write(data)
     session.log_bytes += len(data)
 
-# %% ../../nbs/7_engine/71_train.ipynb #3844713f
+# %% ../../nbs/7_engine/71_train.ipynb #ba6592be
 def read_log(
     out,                # folder of a run
 ):
@@ -334,7 +349,7 @@ def read_log(
     head, *rows = [line.split(',') for line in (Path(out)/'log.csv').read_text().splitlines()] or [[]]
     return {name: [float(r[k]) if r[k] else None for r in rows] for k, name in enumerate(head)}
 
-# %% ../../nbs/7_engine/71_train.ipynb #230f0785
+# %% ../../nbs/7_engine/71_train.ipynb #331b7d6a
 CARRIED = ('seconds', 'skipped', 'in_row', 'log_bytes', 'columns')     # numbers that go into a checkpoint as they are
 
 def _bare(session, net): return session.accelerator.unwrap_model(net)
@@ -343,6 +358,7 @@ def _sync_log(path):
     "Rows reach the disk before the checkpoint that counts them"
     with open(path, 'rb') as f: os.fsync(f.fileno())
 
+# %% ../../nbs/7_engine/71_train.ipynb #96f9e1ce
 def save_session(session):
     "Write a checkpoint of the session; every process calls it, one writes"
     from accelerate.utils import gather_object
@@ -351,20 +367,22 @@ def save_session(session):
     if session.accelerator.is_main_process:
         with disk_errors(session.out): _sync_log(session.out/'log.csv')
         tensors = {f'network_{name}': _bare(session, net).state_dict() for name, net in session.recipe.networks.items()}
-        tensors |= {f'optimiser_{name}': p.tensors for name, p in packed.items()} | {f'rng_{k}': p.tensors for k, p in enumerate(random_states)}
+        tensors |= {f'optimiser_{name}': p.tensors for name, p in packed.items()}
+        tensors |= {f'rng_{k}': p.tensors for k, p in enumerate(random_states)}
         state = {k: getattr(session, k) for k in CARRIED} | dict(settings=session.settings, rng=[p.rest for p in random_states],
             optimisers={name: p.rest for name, p in packed.items()})
         save(session.out/'checkpoints', session.step, tensors, state, keep=session.config.keep)
     session.saved = (session.step, session.seconds)
     session.accelerator.wait_for_everyone()
 
-# %% ../../nbs/7_engine/71_train.ipynb #64e1a652
+# %% ../../nbs/7_engine/71_train.ipynb #12d9b253
 def _flat(settings, above=''):
     "Nested settings with dotted names"
     for key, value in settings.items():
         if isinstance(value, dict): yield from _flat(value, f'{above}{key}.')
         else: yield above+key, value
 
+# %% ../../nbs/7_engine/71_train.ipynb #2d4bb8d7
 def check_same(
     out,                # folder of the run, for the message
     saved,              # settings that are there
@@ -377,7 +395,7 @@ def check_same(
         expected='the settings it was started with, '+', '.join(f'{k}={old.get(k)!r}' for k in differ),
         hint='Use those again, choose another folder, or delete this one to start anew.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #8666eb2f
+# %% ../../nbs/7_engine/71_train.ipynb #c123831c
 def _fill(session, found):
     "Networks, optimisers and numbers of a checkpoint into the session"
     for name, net in session.recipe.networks.items(): _bare(session, net).load_state_dict(found.tensors[f'network_{name}'])
@@ -388,6 +406,7 @@ def _fill(session, found):
     rank = session.accelerator.process_index
     set_rng_states(Packed(found.tensors[f'rng_{rank}'], found.state['rng'][rank]))
 
+# %% ../../nbs/7_engine/71_train.ipynb #f7e8688d
 def resume_session(session):
     "Go on from the folder's last whole checkpoint where there is one. Raises CheckpointError"
     with warnings.catch_warnings():
@@ -400,7 +419,7 @@ def resume_session(session):
         raise CheckpointError(f'checkpoint {found.path}', given=f'other contents ({e})', expected='the networks of these settings',
             hint='It was written by another version: use that one, or another folder.') from e
 
-# %% ../../nbs/7_engine/71_train.ipynb #82e8dd02
+# %% ../../nbs/7_engine/71_train.ipynb #fc680395
 def validate(
     session,            # a Session
     data,               # data set of slices, or None
@@ -417,10 +436,11 @@ def validate(
             ratios.append(psnr(item['target'][0].numpy(), fake[0].numpy(), data_range=2))
     return dict(val_l1=sum(errors)/len(errors), val_psnr=sum(ratios)/len(ratios))
 
-# %% ../../nbs/7_engine/71_train.ipynb #bdefd293
+# %% ../../nbs/7_engine/71_train.ipynb #2d2d1842
 class Stopped(KeyboardInterrupt): "The run was asked to stop, and saved a checkpoint first"
 class DivergedError(I2IError): "Losses that are no numbers, again and again"
 
+# %% ../../nbs/7_engine/71_train.ipynb #5624bd65
 @contextlib.contextmanager
 def watched_signals():
     "A list that receives the name of SIGINT or SIGTERM; the second one acts as usual"
@@ -437,12 +457,13 @@ def watched_signals():
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/7_engine/71_train.ipynb #3ee67260
+# %% ../../nbs/7_engine/71_train.ipynb #a49bc97c
 def _worker_signals(worker):
     "Ctrl-C reaches every process of a terminal; only the main one shall act"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+# %% ../../nbs/7_engine/71_train.ipynb #7e30e8cc
 def _batches(session, data):
     "Batches on the device, from the session's step on"
     config, accelerator = session.config, session.accelerator
@@ -451,7 +472,7 @@ def _batches(session, data):
         generator=torch_rng(config.seed, 'loader'))
     for batch in loader: yield {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-# %% ../../nbs/7_engine/71_train.ipynb #0faf35d0
+# %% ../../nbs/7_engine/71_train.ipynb #0c04ce9b
 def _agree(session, clock, received):
     "The same time, and the same wish to stop, in every process"
     mine = clock() if session.accelerator.is_main_process else 0.
@@ -461,6 +482,7 @@ def _agree(session, clock, received):
     session.seconds, session.stop = mine, ''.join(received[:1])
     return run_progress(session.step, session.seconds, session.max_steps, session.config.max_seconds)
 
+# %% ../../nbs/7_engine/71_train.ipynb #1ee9aeb0
 def _set_rates(session, progress):
     "Learning rates at this progress; returns that of the last phase"
     for name, o in session.optimisers.items():
@@ -468,7 +490,7 @@ def _set_rates(session, progress):
             group['lr'] = start*lr_factor(progress, session.config.constant)
     return o.param_groups[0]['lr']
 
-# %% ../../nbs/7_engine/71_train.ipynb #6b0ba522
+# %% ../../nbs/7_engine/71_train.ipynb #3f7d134e
 def _loop(session, data, validation, received, bar):
     "Train until a limit is reached or a signal comes"
     config, started = session.config, time.monotonic()-session.seconds
@@ -486,12 +508,12 @@ def _loop(session, data, validation, received, bar):
         _show(bar, session, progress, row)
     bar.update(1-bar.n)
 
+# %% ../../nbs/7_engine/71_train.ipynb #afbc8692
 def _due(session):
     "Whether a checkpoint is to be written after this step"
-    step, seconds = session.saved
-    return session.step % session.config.checkpoint_every == 0 or session.seconds-seconds >= session.config.checkpoint_seconds
+    seconds = session.seconds-session.saved[1]
+    return session.step % session.config.checkpoint_every == 0 or seconds >= session.config.checkpoint_seconds
 
-# %% ../../nbs/7_engine/71_train.ipynb #d2c43a60
 def _show(bar, session, progress, row):
     "Move the bar; losses of every phase beside it"
     losses = ' '.join(f'{phase} {row[phase]:.3g}' for phase in session.recipe.phases)
@@ -504,6 +526,7 @@ def _stop(session):
     raise Stopped(f'{session.stop}: stopped after step {session.step}; the checkpoint is in {session.out/"checkpoints"}. '
         'Run the same command again to go on.')
 
+# %% ../../nbs/7_engine/71_train.ipynb #7e9f38d3
 def _diverged(session, data):
     "Keep the batch and the weights for a look, then end the run"
     config, folder = session.config, session.out/f'repro_step_{session.step}'
@@ -516,9 +539,9 @@ def _diverged(session, data):
         for name, named in tensors.items(): write_bytes(folder/f'{name}.safetensors', tensor_bytes(owned(named)))
         write_json(folder/'repro.json', dict(step=session.step, keys=keys, ids=ids, settings=session.settings))
     raise DivergedError(f'losses of step {session.step}', given=f'no finite numbers 10 times in a row, last for {", ".join(ids)}',
-        expected='finite losses', hint=f'Look at that batch, kept with the weights in {folder}; then lower the learning rate or mend the files.')
+        expected='finite losses', hint=f'Look at that batch, kept with the weights in {folder}; mend the files or lower the learning rate.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #055be90e
+# %% ../../nbs/7_engine/71_train.ipynb #6ef24ef4
 def fit(
     config: TrainConfig,    # settings
     data,                   # training set: data[i, draw] -> dict(source (I, h, w), target (1, h, w)) in [-1, 1]
@@ -544,7 +567,7 @@ def fit(
         _finish(session, info)
     return out
 
-# %% ../../nbs/7_engine/71_train.ipynb #424529c5
+# %% ../../nbs/7_engine/71_train.ipynb #70e4bf0d
 def _open_folder(session):
     "Make the folder and keep the settings in it; CheckpointError where others are there"
     kept = session.out/'config.json'
@@ -558,15 +581,17 @@ def _bar(session, progress):
     return tqdm(total=1., disable=not (progress and session.accelerator.is_main_process), desc=f'training {session.out.name}',
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}')
 
+# %% ../../nbs/7_engine/71_train.ipynb #abe75519
 def _finish(session, info):
     "Weights of the generator, then run.json: it marks a finished run"
     if session.accelerator.is_main_process:
-        write_bytes(session.out/'weights.safetensors', tensor_bytes(owned(_bare(session, session.recipe.networks['generator']).state_dict())))
+        weights = _bare(session, session.recipe.networks['generator']).state_dict()
+        write_bytes(session.out/'weights.safetensors', tensor_bytes(owned(weights)))
         write_json(session.out/'run.json', dict(config=asdict(session.config), **info, versions=versions(), steps=session.step,
             skipped=session.skipped, seconds=round(session.seconds, 3), date=datetime.date.today().isoformat()))
     session.accelerator.wait_for_everyone()
 
-# %% ../../nbs/7_engine/71_train.ipynb #2a692211
+# %% ../../nbs/7_engine/71_train.ipynb #2e1448d9
 def median_window(
     cohort,             # a Cohort
     modality,           # whose window
@@ -575,11 +600,12 @@ def median_window(
     windows = [load_subject(s, [modality]).windows[modality] for s in cohort.split('train')]
     return [float(median(w[k] for w in windows)) for k in (0, 1)]
 
+# %% ../../nbs/7_engine/71_train.ipynb #22027c01
 def _pairs(config, cohort, split, **options):
     "Slices of one split at the run's size"
     return SlicePairs(cohort, split, config.sources, config.target, size=config.size, seed=config.seed, **options)
 
-# %% ../../nbs/7_engine/71_train.ipynb #a09c3ff2
+# %% ../../nbs/7_engine/71_train.ipynb #c4697c30
 def train(
     config: TrainConfig,    # settings
     cohort,                 # a Cohort with a train split

@@ -102,12 +102,13 @@ class PairedAdversarial:
         "Synthetic image in test mode, without gradients"
         return in_test_mode(bare(self.networks['generator']), source)
 
-# %% ../../nbs/6_learn/60_adversarial.ipynb #0d518d47
+# %% ../../nbs/6_learn/60_adversarial.ipynb #44d0fdb1
 def _generate(generator, batch):
     "The synthetic image with its history; ShapeError where it does not fit the target"
     fake = generator(batch['source'])
     if fake.shape != batch['target'].shape:
-        raise ShapeError('output of the generator', given=tuple(fake.shape), expected=f'the shape of the target, {tuple(batch["target"].shape)}',
+        raise ShapeError('output of the generator', given=tuple(fake.shape),
+            expected=f'the shape of the target, {tuple(batch["target"].shape)}',
             hint='Check the number of target channels and that height and width suit the network.')
     return fake
 

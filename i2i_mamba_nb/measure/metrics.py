@@ -201,14 +201,14 @@ def _otsu_mask(x, valid):
     for _ in range(2): mask = mask & (binary_erosion(mask, border_value=1) | (x > level))
     return _components(mask, 1.)
 
-# %% ../../nbs/3_measure/30_metrics.ipynb #dfa818e1
+# %% ../../nbs/3_measure/30_metrics.ipynb #13e7e262
 def _is_air(y, inside):
     "True when the region above a flat background is an image frame full of noise and not a head"
     from scipy.ndimage import binary_erosion
     rim = inside & ~binary_erosion(inside, iterations=3, border_value=1)
-    level = .2*np.percentile(y[inside], 90)
-    dark = rim.any() and np.median(y[rim]) < level and (y[inside] < level).mean() > .25
-    return bool(dark or inside[_box(inside, 0)].mean() > .85)
+    ratio = y[inside]/np.percentile(y[inside], 90)
+    dark = rim.any() and np.median(y[rim]) < .2*np.percentile(y[inside], 90) and (ratio < .2).mean() > .25
+    return bool(dark or inside[_box(inside, 0)].mean() > .85 and (ratio < .35).mean() > .25)
 
 # %% ../../nbs/3_measure/30_metrics.ipynb #cd56d956
 def _extracted_mask(x, background):

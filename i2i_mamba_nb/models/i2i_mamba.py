@@ -63,7 +63,7 @@ class I2IMamba(nn.Module):
         y = self.decoder_2(torch.cat([y, x2], 1))               # b   64  h    w
         return self.decoder_3(torch.cat([y, x1], 1))            # b    1  h    w       Eq. 10
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #c3de3ae1
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #638266cd
 def features(
     network,            # an I2IMamba
     X,                  # sources (b, I, h, w)
@@ -78,6 +78,7 @@ def features(
         for h in hooks: h.remove()
     return seen
 
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #6508e647
 def show_features(
     network,            # an I2IMamba
     X,                  # sources (1, I, h, w)
@@ -86,9 +87,9 @@ def show_features(
     marked = {f'bottleneck_{j}' for j in mamba_stages(network.config['n_stages'])}
     maps = features(network, X)
     titles = [f'{n}{" *" if n in marked else ""}\n{tuple(m.shape[1:])}' for n, m in maps.items()]
-    return show_images([m[0, m[0].std((1, 2)).argmax()] for m in maps.values()], titles, ncols=5, size=1.8)
+    return show_images([m[0, m[0].std((1, 2)).argmax()] for m in maps.values()], titles, ncols=5, size=1.5)
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #2036afd3
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #b8f50263
 def effective_field(
     network,            # an I2IMamba
     size=96,            # height and width, pixels
@@ -101,7 +102,7 @@ def effective_field(
     network(X)[:, 0, size//2, size//2].sum().backward()
     return X.grad.abs().mean((0, 1))
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #ebd651ca
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #689d6462
 register(Network(
     name='i2i_mamba', paper='Atli et al., I2I-Mamba', build=building(I2IMamba),
     smallest=dict(n_sources=2, base_channels=8, n_stages=2),
@@ -113,7 +114,7 @@ register(Network(
         instance_norm=dict(norm='instance'), patches_2=dict(patch_size=2)),
 ))
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #1cd6691e
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #bc21a892
 class Released(NamedTuple):
     "What load_released did"
     loaded: tuple       # names that were loaded
@@ -125,17 +126,19 @@ def _unprefixed(state_dict):
     if state_dict and all(k.startswith('module.') for k in state_dict): return {k[7:]: v for k, v in state_dict.items()}
     return dict(state_dict)
 
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #4cccae8a
 def _faults(given, wanted):
     "What is wrong with the names, shapes and values, as sentences"
     lists = {'missing': [k for k in wanted if k not in given and not k.endswith('num_batches_tracked')],
         'unknown': [k for k in given if k not in wanted],
         'no tensor': [k for k, v in given.items() if not isinstance(v, Tensor)]}
     both = [k for k in given if k in wanted and isinstance(given[k], Tensor)]
-    lists['of another shape'] = [f'{k} {tuple(given[k].shape)} for {tuple(wanted[k].shape)}' for k in both if given[k].shape != wanted[k].shape]
+    shapes = {k: (tuple(given[k].shape), tuple(wanted[k].shape)) for k in both}
+    lists['of another shape'] = [f'{k} {a} for {b}' for k, (a, b) in shapes.items() if a != b]
     lists['not finite'] = [k for k in both if given[k].is_floating_point() and not given[k].isfinite().all()]
     return [f'{len(v)} {name}: {", ".join(v[:5])}{", ..." if len(v) > 5 else ""}' for name, v in lists.items() if v]
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #82eea094
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #ca414536
 def load_released(
     model,              # I2IMamba with variant='released' and mixer='mamba'
     state_dict,         # names -> tensors, as trained with the public code

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TENSORS', 'OPTIONS', 'Availability', 'backends', 'check_backend', 'scan_op', 'scan_backward_op', 'selective_scan']
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #28ea0ef9
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #8f5dc39a
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import BackendError, check_choice
 from .parallel import chunked_backward, chunked_forward, equal_groups, layout, n_borders
-from .recurrence import ScanInputs, check_scan_inputs, reference, scan_dtype
+from .recurrence import ScanInputs, check_scan_inputs, reference
 
 # %% ../../nbs/1_ssm/14_dispatch.ipynb #9f654bfc
 class Availability(NamedTuple):
