@@ -254,11 +254,11 @@ def slice_view(
     index = volume.shape[axis]//2 if index is None else index
     return np.take(np.asarray(volume), index, axis).T[::-1]
 
-# %% ../nbs/0_start/01_core.ipynb #2fb9d8cc
-def _panel(ax, image, title, cmap, limits, colorbar):
+# %% ../nbs/0_start/01_core.ipynb #f3fdde41
+def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     "One picture on one pair of axes"
     low, high = limits or (None, None)
-    shown = ax.imshow(np.asarray(image), cmap=cmap, vmin=low, vmax=high, interpolation='nearest')
+    shown = ax.imshow(np.asarray(image), cmap=cmap, vmin=low, vmax=high, interpolation='nearest', aspect=aspect)
     ax.set_title(title or '', fontsize=9)
     ax.set_xticks([]), ax.set_yticks([])
     if colorbar: ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03)
@@ -273,7 +273,7 @@ def _grid(n, ncols, size, aspect=1.):
     for ax in axes.flat[n:]: ax.axis('off')
     return fig, axes.flat[:n]
 
-# %% ../nbs/0_start/01_core.ipynb #0be54cc5
+# %% ../nbs/0_start/01_core.ipynb #f600bd0f
 def show_images(
     images,             # list of 2-D arrays [row, column]
     titles=None,        # list of titles
@@ -283,11 +283,13 @@ def show_images(
     limits=None,        # (low, high) for all; each its own by default
     colorbar=False,     # a bar beside each
     size=2.2,           # width of one picture, inches
+    aspect=1.,          # height of a pixel over its width, for thick slices seen from the side
 ):
     "Row or grid of pictures; returns the figure"
     images = [np.asarray(i) for i in images]
-    fig, axes = _grid(len(images), ncols, size, max(i.shape[0]/i.shape[1] for i in images))
-    for k, (ax, image) in enumerate(zip(axes, images, strict=True)): _panel(ax, image, titles and titles[k], cmap, limits, colorbar)
+    fig, axes = _grid(len(images), ncols, size, aspect*max(i.shape[0]/i.shape[1] for i in images))
+    for k, (ax, image) in enumerate(zip(axes, images, strict=True)):
+        _panel(ax, image, titles and titles[k], cmap, limits, colorbar, aspect)
     return fig
 
 # %% ../nbs/0_start/01_core.ipynb #4d2db2b5

@@ -56,6 +56,7 @@ def test_a_whole_checkpoint_at_every_instant(tmp_path, operations, monkeypatch):
             warnings.simplefilter('error')
             found = ck.load(tmp_path/'copy')
         assert torch.equal(found.tensors['network']['w'], torch.full((3, 5), float(found.step)))
+        assert all(ck.read(tmp_path/'copy'/f'step_{s}') for s in ck.steps(tmp_path/'copy')), 'half of one under the name of a whole one'
         seen.append(found.step)
         shutil.rmtree(tmp_path/'copy')
     operations(look)

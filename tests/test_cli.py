@@ -187,6 +187,10 @@ def test_unknown_setting(made, tmp_path, say, pair, piece):
     one_sentence(status, err, piece)
     assert not (tmp_path/'run').exists()
 
+def test_settings_are_checked_before_any_file(tmp_path, say):
+    status, _, err = say(*train_words(tmp_path/'none', tmp_path/'run', '--set', 'network_args.base_chanels=4'))
+    one_sentence(status, err, "Did you mean 'base_channels'")
+
 @pytest.mark.parametrize('words, piece', [(('--network', 'i2i_mambo'), "'i2i_mamba'"), (('--preset', 'labtop'), "'laptop'"),
     (('--ablation', 'no_mama'), "'no_mamba'"), (('--network', 'patchgan'), 'a generator'), (('--target', 'T1'), 'not a source')])
 def test_unknown_name(made, tmp_path, say, words, piece):

@@ -517,6 +517,12 @@ def test_a_pattern_and_what_it_leaves(tmp_path):
     assert c.modalities == ('T1', 'T2') and c.info['unmatched'] == ['a/T1_raw.nii.gz', 'b/scan.dcm', 'linked', 'notes.txt']
     assert c.info['grids']['a'] == dict(shape=[24, 28, 13], spacing=c.info['grids']['a']['spacing'], orientation='RAS')
 
+def test_known_words_end_a_patients_name(tmp_path):
+    build(tmp_path, ('IXI002-Guys-0828', 'IXI012-HH-1211'), ('T1', 'PD'), pattern='{p}-{m}.nii.gz')
+    c = propose_manifest(tmp_path, '{patient}-{modality}.nii.gz')
+    assert [s.patient for s in c.subjects] == ['IXI002-Guys-0828', 'IXI012-HH-1211'] and c.modalities == ('PD', 'T1')
+    assert propose_manifest(tmp_path, '{patient}-Guys-{session}-{modality}.nii.gz').subjects[0].session == '0828'
+
 def test_refusals_of_prepare(tmp_path):
     build(tmp_path, ('a', 'b'), ('T1', 'T2'))
     for pattern, word in (('{patient}/x.nii.gz', 'modality'), ('{modality}.nii.gz', 'patient'),
@@ -627,6 +633,15 @@ def test_without_augmentation_slices_are_the_volume(cohort):
         assert np.array_equal(x['target'][0].numpy(), to_image(loaded.images['T2'], x['z'])) and same(x, d[k, 9])
     wide, box = fit_to(to_image(loaded.images['T1'], d[0]['z']), 40)
     assert np.array_equal(SlicePairs(cohort, 'test', ('T1',), 'T2', size=40)[0]['source'][0].numpy(), wide) and box.top < 0
+
+def test_without_augmentation_all_slices_are_cut_at_one_place(tmp_path):
+    leaning = np.stack([np.roll(head()[..., k], (k-6)//2, 0) for k in range(13)], 2)
+    for m in ('T1', 'T2'): write_volume(tmp_path/f'{m}.nii', Volume(leaning, np.eye(4)))
+    c = Cohort((Subject('p', 'test', {m: tmp_path/f'{m}.nii' for m in ('T1', 'T2')}),), ('T1', 'T2'), tmp_path)
+    d, image = SlicePairs(c, 'test', ('T1',), 'T2', size=14), load_subject(c.subjects[0], ['T1', 'T2']).images['T2']
+    def corners(x): return {k for k in np.ndindex(15, 11) if np.array_equal(fit_to(to_image(image, x['z']), 14, corner=k)[0],
+        x['target'][0])}
+    assert len(set.intersection(*map(corners, d))) == 1 and len(d) > 5
 
 def test_limit_and_missing(cohort):
     d = SlicePairs(cohort, 'train', ('T1',), 'T2', size=8, limit=3)

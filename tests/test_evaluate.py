@@ -249,7 +249,7 @@ def write_run(folder, name, tensors=None, **more):
     folder.mkdir(exist_ok=True)
     target = more.pop('target', 'PD')
     config = asdict(TrainConfig(sources=('T1', 'T2'), target=target, network=name, size=16, max_steps=1))
-    save_file(tensors or {'weight': torch.tensor([.5, .5]), 'bias': torch.zeros(1)}, folder/'weights.safetensors')
+    save_file(tensors or {'weight': torch.tensor([.25, .75]), 'bias': torch.zeros(1)}, folder/'weights.safetensors')
     write_json(folder/'run.json', dict(config=config, window={target: [100., 500.]}, simulated=True) | more)
     return folder
 
@@ -265,7 +265,7 @@ def test_load_run_and_back(mixer, tmp_path):
     run = load_run(write_run(tmp_path/'run', mixer, steps=7))
     assert run.config.target == 'PD' and run.info['steps'] == 7 and run.info['simulated'] is True and 'config' not in run.info
     assert not run.network.training and not any(p.requires_grad for p in run.network.parameters())
-    assert load_run(str(tmp_path/'run')).network.weight.tolist() == [.5, .5]
+    assert load_run(str(tmp_path/'run')).network.weight.tolist() == [.25, .75]
 
 def test_pickles_are_refused_unopened(mixer, tmp_path):
     folder = write_run(tmp_path/'run', mixer)
@@ -318,11 +318,12 @@ def test_packaged_runs_by_name(mixer, tmp_path, monkeypatch):
 
 def test_synthesise_is_the_network_on_every_voxel_of_the_head(cohort, mixer, tmp_path):
     run, images = load_run(write_run(tmp_path/'run', mixer)), images_of(cohort.split('test')[0])
-    known = np.clip(((images['T1']+images['T2'])/2+1)/2, 0, 1)
+    known = np.clip((.25*images['T1']+.75*images['T2']+1)/2, 0, 1)
     mask = head_mask(images['T1']+1) | head_mask(images['T2']+1)
     fake = synthesise(run, images)
     assert fake.dtype == np.float32 and np.allclose(fake, np.where(mask, known, 0), atol=1e-6) and fake.max() > .5
     for batch in (1, 2, 7, 1000): assert np.array_equal(synthesise(run, images, batch=batch), fake)
+    assert np.array_equal(synthesise(run, dict(PD=images['T1'], T2=images['T2'], T1=images['T1'])), fake)
     some = np.zeros(fake.shape, bool)
     some[4:9, 5:20, 3] = True
     assert np.array_equal(synthesise(run, images, mask=some), np.where(some, known.astype(np.float32), 0))
@@ -334,7 +335,8 @@ def test_any_size_comes_back_whole(mixer, tmp_path, shape):
     images = {m: np.pad(rng.uniform(-.5, 1, [n-2 for n in shape]).astype(np.float32), 1, constant_values=-1) for m in ('T1', 'T2')}
     fake = synthesise(run, images)
     inner = (slice(1, -1),)*3
-    assert fake.shape == shape and np.allclose(fake[inner], ((images['T1']+images['T2'])/2+1)[inner]/2, atol=1e-6) and fake[inner].min() > 0
+    assert fake.shape == shape and fake[inner].min() > 0
+    assert np.allclose(fake[inner], (.25*images['T1']+.75*images['T2']+1)[inner]/2, atol=1e-6)
 
 @pytest.mark.parametrize('bad', [0, -1, 1.5, 'two'])
 def test_batch_must_be_a_number(cohort, mixer, tmp_path, bad):

@@ -19,9 +19,9 @@ from ..engine.evaluate import card, fit_copy, fit_mean_image, fit_pixel_mlp
 from ..engine.predict import load_run, predict_subject, predictor
 from ..engine.train import preset_config, train
 
-# %% ../../nbs/8_app/88_demo.ipynb #6aa099b5
+# %% ../../nbs/8_app/88_demo.ipynb #5a0335e2
 SOURCES, TARGET = ('T1', 'T2'), 'PD'
-RUNS = {'I2I-Mamba': ('i2i_mamba', None), 'same without Mamba': ('no_mamba', 'no_mamba')}
+RUNS = {'I2I-Mamba': ('i2i_mamba', None), 'twin without Mamba': ('no_mamba', 'no_mamba')}
 COUNTS = dict(train=8, validation=2, test=4)
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def _counted(title, progress):
             bar.update(done-bar.n)
         yield move
 
-# %% ../../nbs/8_app/88_demo.ipynb #eccd8359
+# %% ../../nbs/8_app/88_demo.ipynb #42e1f7be
 def run_settings(
     seconds=100.,       # of training, each
     *,
@@ -48,7 +48,7 @@ def run_settings(
         out[name] = folder, preset_config(preset, sources=SOURCES, target=TARGET, seed=seed, max_seconds=float(seconds), network_args=args)
     return out
 
-# %% ../../nbs/8_app/88_demo.ipynb #8d9a5623
+# %% ../../nbs/8_app/88_demo.ipynb #111a80b2
 def fresh_folder(
     folder,             # of the demo
     settings,           # JSON-able dict that decides whether a started one is gone on with
@@ -64,13 +64,13 @@ def fresh_folder(
         shutil.rmtree(old)
     write_json(note, settings)
 
-# %% ../../nbs/8_app/88_demo.ipynb #523071bc
+# %% ../../nbs/8_app/88_demo.ipynb #76a14a1c
 def baselines(cohort, seed):
     "dict name -> predictor that needs no network, fitted on the training subjects"
     made = fit_pixel_mlp(cohort, SOURCES, TARGET, seed=seed), fit_copy(cohort, SOURCES, TARGET), fit_mean_image(cohort, SOURCES, TARGET)
     return {b.name: b for b in made}
 
-# %% ../../nbs/8_app/88_demo.ipynb #0ee9e035
+# %% ../../nbs/8_app/88_demo.ipynb #5ce2ab61
 def write_volumes(folder, cohort, runs):
     "Write every run's synthetic volume of every test subject; returns the paths"
     out = []
@@ -81,7 +81,7 @@ def write_volumes(folder, cohort, runs):
             predict_subject(run, paths, out[-1])
     return out
 
-# %% ../../nbs/8_app/88_demo.ipynb #4f9627c8
+# %% ../../nbs/8_app/88_demo.ipynb #3b4049bf
 def verdict(
     lines,              # of engine.evaluate.summary
 ):
@@ -92,12 +92,12 @@ def verdict(
     def against(other, name):
         gain = ours['psnr']-other['psnr']
         apart = ours['psnr_low'] > other['psnr_high'] or other['psnr_low'] > ours['psnr_high']
-        side, meet = "above" if gain >= 0 else "below", "apart" if apart else "overlap"
-        return f'I2I-Mamba is {abs(gain):.2f} dB {side} {name} (95 % intervals {meet}).'
+        side, meet = "above" if gain >= 0 else "below", "are apart" if apart else "overlap"
+        return f'I2I-Mamba is {abs(gain):.2f} dB {side} {name}; the 95 % intervals {meet}.'
     best = max(rivals, key=lambda r: r['psnr'])
-    return [against(best, f'the best baseline, {best["method"]},'), against(twin, 'its twin without Mamba')]
+    return [against(best, f'the best baseline ({best["method"]})'), against(twin, 'its twin without Mamba')]
 
-# %% ../../nbs/8_app/88_demo.ipynb #c9d2415e
+# %% ../../nbs/8_app/88_demo.ipynb #8461f6dd
 def demo(
     out='out',          # folder for everything
     *,
@@ -124,7 +124,7 @@ def demo(
     echo('4/4 page')
     return _page(folder, found, facts | dict(seconds_of_stages=times), counts or COUNTS)
 
-# %% ../../nbs/8_app/88_demo.ipynb #22c354a8
+# %% ../../nbs/8_app/88_demo.ipynb #17ed82f0
 def _timed(times, name, f, *args, **options):
     "What f returns; its seconds are kept"
     start = time.monotonic()
@@ -132,7 +132,7 @@ def _timed(times, name, f, *args, **options):
     times[name] = round(time.monotonic()-start, 1)
     return result
 
-# %% ../../nbs/8_app/88_demo.ipynb #c3e004c8
+# %% ../../nbs/8_app/88_demo.ipynb #e28b4cc2
 def _cohort(out, counts, spacing, progress):
     "The simulated cohort, made or found"
     with _counted('subjects', progress) as move:
@@ -146,7 +146,7 @@ def _score(folder, cohort, seed, progress):
     write_volumes(folder, cohort, runs)
     return found, card(cohort, TARGET, sources=SOURCES, seed=seed, runs={name: r.info for name, r in runs.items()})
 
-# %% ../../nbs/8_app/88_demo.ipynb #49ea6851
+# %% ../../nbs/8_app/88_demo.ipynb #8701b6dd
 def _page(folder, found, facts, counts):
     "The page, the card and their links; the page last, since it marks the end"
     people = ', '.join(f'{n} {split}' for split, n in counts.items())
@@ -161,7 +161,7 @@ def _page(folder, found, facts, counts):
     title = f'I2I-Mamba on simulated patients: {", ".join(SOURCES)} to {TARGET}'
     return evaluation_page(folder, title, found, facts, logs=logs, notes=notes, files=files)
 
-# %% ../../nbs/8_app/88_demo.ipynb #af3d6ec6
+# %% ../../nbs/8_app/88_demo.ipynb #3f013a10
 def next_steps(
     page,               # path that `demo` returned
 ):

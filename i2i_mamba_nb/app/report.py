@@ -120,12 +120,12 @@ class Table(NamedTuple):
 # %% ../../nbs/8_app/87_report.ipynb #1788a0a9
 def columns_of(rows): "Keys of all rows, in order of appearance"; return list(dict.fromkeys(k for r in rows for k in r))
 
-# %% ../../nbs/8_app/87_report.ipynb #fe97e479
+# %% ../../nbs/8_app/87_report.ipynb #f8e6a194
 def _cell(row, column, first):
     "One cell: the first column names its row, numbers stand to the right"
     value = row.get(column)
     if first: return tag('th', number(value), scope='row')
-    return tag('td', number(value), class_=None if isinstance(value, str) and not value[:1].isdigit() else 'n')
+    return tag('td', number(value), class_=None if isinstance(value, str) and value[:1] not in '0123456789[∞–−' else 'n')
 
 def _table(table):
     "A table with caption, column and row headers"

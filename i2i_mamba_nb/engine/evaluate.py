@@ -262,7 +262,7 @@ def _pixels(cohort, sources, target, n, seed):
         xs.append(x.reshape(len(x), -1)[:, take].T), ys.append(y.ravel()[take])
     return np.concatenate(xs).astype(np.float32), np.concatenate(ys).astype(np.float32)
 
-# %% ../../nbs/7_engine/72_evaluate.ipynb #5729b397
+# %% ../../nbs/7_engine/72_evaluate.ipynb #944e91e1
 def fit_pixel_mlp(
     cohort,         # training subjects are taken from it
     sources,        # names of modalities
@@ -279,8 +279,9 @@ def fit_pixel_mlp(
     from sklearn.neural_network import MLPRegressor
     from threadpoolctl import threadpool_limits
     x, y = _pixels(cohort, sources, target, n, seed)
-    model = MLPRegressor(hidden_layer_sizes=hidden, batch_size=1024, learning_rate_init=2e-3,
-        early_stopping=True, n_iter_no_change=4, max_iter=30, random_state=seed)
+    batch = min(max(len(y)//100, 32), 1024)
+    model = MLPRegressor(hidden_layer_sizes=hidden, batch_size=batch, learning_rate_init=2e-3, early_stopping=True,
+        n_iter_no_change=4, max_iter=30, random_state=seed)
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter('ignore', ConvergenceWarning)
         model.fit(x, y)
