@@ -120,6 +120,14 @@ def test_help_is_quick_and_complete():
         text = CliRunner().invoke(cli.app, [name, '--help']).output
         assert f'i2i-mamba {name}' in text and 'Example' in text and name in shown
 
+def test_waiting_threads_sleep_unless_told_otherwise():
+    "Two spinning threads beside a third program make a training step ten times slower"
+    code = 'import os, sys; from i2i_mamba_nb.app.cli import main; main(["doctor"]); print(os.environ["OMP_WAIT_POLICY"])'
+    for given, expected in ((None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')):
+        env = {k: v for k, v in ENV.items() if k != 'OMP_WAIT_POLICY'} | ({'OMP_WAIT_POLICY': given} if given else {})
+        shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, check=True).stdout
+        assert shown.split()[-1] == expected
+
 def test_entry_point_is_declared():
     assert 'console_scripts = i2i-mamba=i2i_mamba_nb.app.cli:main' in (Path(__file__).parent.parent/'settings.ini').read_text()
 

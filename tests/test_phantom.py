@@ -162,6 +162,16 @@ def test_warps_are_invertible(seed):
     for _ in range(150): guess = guess+.5*(goal-at(guess))/warp.scale[:, None]
     assert np.abs(guess-x).max() < .1
 
+def test_displacement_moves_as_far_as_it_says():
+    warp, _ = ph.draw_warp(0)
+    assert 2 < warp.shift.std() < 4 and np.abs(warp.shift.mean((1, 2, 3))).max() < 2
+    still = warp._replace(shift=0*warp.shift, angles=np.zeros(3), pushes=())
+    moved = still._replace(shift=still.shift+np.float32([2, 0, -1])[:, None, None, None])
+    x = np.stack(np.meshgrid(*warp.axes, indexing='ij'))+np.array([0, 0, ph.LOWER])[:, None, None, None]
+    assert np.allclose(ph.warp_points(still), x*warp.scale[:, None, None, None], atol=1e-3)
+    step = (ph.warp_points(moved)-ph.warp_points(still)).reshape(3, -1)
+    assert np.allclose(step, (np.array([2, 0, -1])*warp.scale)[:, None], atol=1e-3)
+
 def test_folding_displacement_is_damped(monkeypatch):
     monkeypatch.setattr(ph, 'LEVELS', ((12., 6.),))
     warp, least = ph.draw_warp(0)

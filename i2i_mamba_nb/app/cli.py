@@ -52,11 +52,12 @@ def options(
     Exit status: 0 done, 1 a defect of the program, 2 a mistake that the message explains, 130 stopped by Ctrl-C.
     """
 
-# %% ../../nbs/8_app/89_cli.ipynb #c5599905
+# %% ../../nbs/8_app/89_cli.ipynb #5fa7f573
 def main(
     argv=None,      # list of words; those of the command line by default
 ):
     "Run one command; the exit status. Expected errors become one line on stderr, others are raised"
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     words = list(sys.argv[1:] if argv is None else argv)
     given = [w for w in words if w != '--debug']
     try: app(given, prog_name='i2i-mamba')
@@ -68,7 +69,7 @@ def main(
         return 2
     return 0
 
-# %% ../../nbs/8_app/89_cli.ipynb #c355d83a
+# %% ../../nbs/8_app/89_cli.ipynb #567b391c
 def _literal(word):
     "A word as JSON where it is JSON, as text otherwise"
     try: return json.loads(word)
@@ -76,14 +77,14 @@ def _literal(word):
 
 def _whole(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
 
-# %% ../../nbs/8_app/89_cli.ipynb #f757d38f
+# %% ../../nbs/8_app/89_cli.ipynb #3ba4e3fa
 def _real(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-# %% ../../nbs/8_app/89_cli.ipynb #4bb7b4c7
+# %% ../../nbs/8_app/89_cli.ipynb #3da4a3f1
 PLAIN = {bool: (lambda v: isinstance(v, bool), bool), int: (_whole, int), float: (_real, float), str: (lambda v: True, str),
     dict: (lambda v: isinstance(v, dict), dict), types.NoneType: (lambda v: v is None, lambda v: v)}
 
-# %% ../../nbs/8_app/89_cli.ipynb #a842aef6
+# %% ../../nbs/8_app/89_cli.ipynb #4252ab01
 def read_setting(
     what,           # name of the setting, for the message
     word,           # what was typed
@@ -101,7 +102,7 @@ def read_setting(
         if fits(value): return make(value)
     raise ConfigError(f'setting {what}', given=repr(word), expected=getattr(kind, '__name__', str(kind)), hint='Change the value.')
 
-# %% ../../nbs/8_app/89_cli.ipynb #2689dd4e
+# %% ../../nbs/8_app/89_cli.ipynb #f8518dfc
 def parse_settings(
     pairs,          # words key=value, or table.key=value
     cls,            # dataclass whose fields they are
@@ -122,7 +123,7 @@ def parse_settings(
         else: out[table] = read_setting(table, word, kinds[table])
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #ffef204e
+# %% ../../nbs/8_app/89_cli.ipynb #5cdc57d8
 def columns_text(
     rows,           # list of dicts column -> value
 ):
@@ -135,7 +136,7 @@ def columns_text(
     put = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, width, right, strict=True)] for line in cells]
     return '\n'.join('  '.join(line).rstrip() for line in put)
 
-# %% ../../nbs/8_app/89_cli.ipynb #31106fec
+# %% ../../nbs/8_app/89_cli.ipynb #f48faa99
 def named_splits(
     patients,       # all patients of the folder
     named,          # dict split -> names with commas, or None
@@ -154,7 +155,7 @@ def named_splits(
             hint='Add them to --train, --validation or --test, or leave --train out: the rest then trains.')
     return {p: out.get(p, 'train') for p in patients} if out else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #a50effc5
+# %% ../../nbs/8_app/89_cli.ipynb #99f39e61
 def proposed_cohort(folder, pattern, named, fractions, seed):
     "Cohort of a folder with its splits as named, or else drawn. Raises CohortError, ConfigError, VolumeError"
     from i2i_mamba_nb.core import CohortError
@@ -166,7 +167,7 @@ def proposed_cohort(folder, pattern, named, fractions, seed):
     splits = named_splits(sorted({s.patient for s in cohort.subjects}), named)
     return replace(cohort, subjects=tuple(replace(s, split=splits[s.patient]) for s in cohort.subjects)) if splits else cohort
 
-# %% ../../nbs/8_app/89_cli.ipynb #04f3b440
+# %% ../../nbs/8_app/89_cli.ipynb #924c79ab
 def cohort_text(
     cohort,         # as `prepare` found it
 ):
@@ -178,10 +179,10 @@ def cohort_text(
     if rest := info.get('unmatched'): lines += [f'{len(rest)} other files were left out, {rest[0]} for one']
     return '\n'.join(lines).rstrip()
 
-# %% ../../nbs/8_app/89_cli.ipynb #9cda327f
+# %% ../../nbs/8_app/89_cli.ipynb #6aaefa61
 Names = Annotated[str | None, typer.Option(help='Patients of this split, with commas.', show_default='none; to train: those in no list')]
 
-# %% ../../nbs/8_app/89_cli.ipynb #865b26ad
+# %% ../../nbs/8_app/89_cli.ipynb #d8bf0226
 @app.command()
 def prepare(
     folder: Annotated[Path, typer.Argument(help='Folder of NIfTI volumes.')],
@@ -211,7 +212,7 @@ def prepare(
     *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
     if sources: typer.echo(f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #374e50d9
+# %% ../../nbs/8_app/89_cli.ipynb #8031903c
 SHORT = {
     'preset': (str, 'laptop', 'Scale of network and training: smoke, laptop or paper.'),
     'network': (str, 'i2i_mamba', 'Registered generator, see doctor.'),
@@ -221,7 +222,7 @@ SHORT = {
     'seed': (int, 0, 'Of weights, order and crops.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #1d490270
+# %% ../../nbs/8_app/89_cli.ipynb #b98d9425
 def with_options(table):
     "Decorator: give a command one option per row of a table name -> (type, default, help); they arrive as keywords"
     def wrap(f):
@@ -232,7 +233,7 @@ def with_options(table):
         return f
     return wrap
 
-# %% ../../nbs/8_app/89_cli.ipynb #99155a6c
+# %% ../../nbs/8_app/89_cli.ipynb #b0880384
 def run_config(
     sources,        # modalities that go in, with commas
     target,         # modality that comes out
@@ -256,7 +257,7 @@ def run_config(
         asked['network_args'] = switches[ablation] | asked.get('network_args', {})
     return preset_config(asked.pop('preset'), **asked)
 
-# %% ../../nbs/8_app/89_cli.ipynb #c12fd4c5
+# %% ../../nbs/8_app/89_cli.ipynb #e4b5a956
 def _main_process(): "Is this the first of several processes, or the only one?"; return os.environ.get('RANK', '0') == '0'
 
 @contextlib.contextmanager
@@ -275,7 +276,7 @@ def remembered(
             with contextlib.suppress(OSError): note.unlink()
             with contextlib.suppress(OSError): was or Path(out).rmdir()
 
-# %% ../../nbs/8_app/89_cli.ipynb #bf34fbdf
+# %% ../../nbs/8_app/89_cli.ipynb #400999ed
 def check_buildable(config):
     "Refuse unknown settings of networks and recipe before any volume is read; nothing is allocated. Raises ConfigError"
     import torch
@@ -283,7 +284,7 @@ def check_buildable(config):
     from i2i_mamba_nb.engine.train import build_recipe
     with torch.device('meta'): build_recipe(config)
 
-# %% ../../nbs/8_app/89_cli.ipynb #9f0636d6
+# %% ../../nbs/8_app/89_cli.ipynb #5d94a4c8
 def train_run(
     config,         # a TrainConfig
     manifest,       # path
@@ -306,7 +307,7 @@ def train_run(
         typer.echo(f'{done["steps"]} steps in {done["seconds"]:.0f} s, weights in {Path(out)/"weights.safetensors"}')
         typer.echo(f'next: i2i-mamba evaluate {out} {manifest}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #354e3bde
+# %% ../../nbs/8_app/89_cli.ipynb #19d34488
 @app.command()
 @with_options(SHORT)
 def train(
@@ -333,7 +334,7 @@ def train(
     """
     train_run(run_config(sources, target, settings or (), **short), manifest, out)
 
-# %% ../../nbs/8_app/89_cli.ipynb #f77d37be
+# %% ../../nbs/8_app/89_cli.ipynb #4d0be9ff
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help='Folder of a run that was interrupted.')],
@@ -352,7 +353,7 @@ def resume(
     config = from_dict(TrainConfig, read_json(run/'config.json'))
     train_run(config, manifest or read_json(run/'command.json')['manifest'], run)
 
-# %% ../../nbs/8_app/89_cli.ipynb #5bef1a09
+# %% ../../nbs/8_app/89_cli.ipynb #b6b832f5
 def source_paths(
     pairs,          # words NAME=path
     known,          # modalities that the run takes
@@ -376,7 +377,7 @@ def source_paths(
             hint=f'Add --source {lacking[0]}=file.nii.gz; the run was trained with it and has no substitute.')
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #0d51f0ca
+# %% ../../nbs/8_app/89_cli.ipynb #505d5874
 def study_outputs(
     subjects,       # of a cohort
     target,         # modality that is made
@@ -386,7 +387,7 @@ def study_outputs(
     def name(s): return '_'.join(filter(None, (s.patient, s.session, f'synthetic-{target}')))
     return [(s, Path(folder)/f'{name(s)}.nii.gz') for s in subjects]
 
-# %% ../../nbs/8_app/89_cli.ipynb #145f3d6e
+# %% ../../nbs/8_app/89_cli.ipynb #c65e747d
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -413,7 +414,7 @@ def predict(
             expected='--source NAME=PATH ... --out FILE, or MANIFEST --out FOLDER', hint='See i2i-mamba predict --help.')
     for path in predict_files(run, source, out) if source else predict_split(run, manifest, split, out): typer.echo(f'wrote {path}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #e1a104c5
+# %% ../../nbs/8_app/89_cli.ipynb #03385880
 def predict_files(run, source, out):
     "Synthesise from files; yields the path written"
     from i2i_mamba_nb.engine.predict import load_run, predict_subject
@@ -421,7 +422,7 @@ def predict_files(run, source, out):
     predict_subject(run, source_paths(source, list(run.config.sources)), out, progress=_main_process())
     yield out
 
-# %% ../../nbs/8_app/89_cli.ipynb #b6020b6a
+# %% ../../nbs/8_app/89_cli.ipynb #cf257f94
 def predict_split(run, manifest, split, out):
     "Synthesise every subject of a split; yields the paths written"
     from i2i_mamba_nb.data.cohort import read_manifest, require
@@ -432,7 +433,7 @@ def predict_split(run, manifest, split, out):
         predict_subject(run, {m: subject.paths[m] for m in sources}, path, progress=_main_process())
         yield path
 
-# %% ../../nbs/8_app/89_cli.ipynb #102391d0
+# %% ../../nbs/8_app/89_cli.ipynb #5462ff86
 def baselines_of(
     cohort,         # a Cohort
     sources,        # modalities
@@ -445,7 +446,7 @@ def baselines_of(
     made = fit_copy(cohort, sources, target), fit_mean_image(cohort, sources, target), fit_pixel_mlp(cohort, sources, target, seed=seed)
     return {b.name: b for b in made}
 
-# %% ../../nbs/8_app/89_cli.ipynb #cb657acd
+# %% ../../nbs/8_app/89_cli.ipynb #fb3ae0e4
 def evaluate_run(folder, manifest, split, out, baselines):
     "(Assessment, path of the page) of a run on a split. Raises I2IError"
     from i2i_mamba_nb.app.report import assess, evaluation_page
@@ -464,7 +465,7 @@ def evaluate_run(folder, manifest, split, out, baselines):
     log = {run.config.network: Path(folder)/'log.csv'} if (Path(folder)/'log.csv').exists() else {}
     return found, evaluation_page(out, title, found, facts, logs=log, files={'card.json': 'protocol, versions, settings'})
 
-# %% ../../nbs/8_app/89_cli.ipynb #8616d648
+# %% ../../nbs/8_app/89_cli.ipynb #163a96d7
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -487,11 +488,11 @@ def evaluate(
     if baselines and len(found.summary) == 1: typer.echo('no training subject in the manifest: baselines left out', err=True)
     typer.echo(f'{columns_text(results_rows(found.summary))}\nwrote {page}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #f30e817d
+# %% ../../nbs/8_app/89_cli.ipynb #99e3f221
 PACKAGES = ('numpy', 'scipy', 'einops', 'safetensors', 'nibabel', 'SimpleITK', 'scikit-image', 'scikit-learn', 'nilearn', 'pandas',
     'matplotlib', 'accelerate', 'triton', 'mamba-ssm')
 
-# %% ../../nbs/8_app/89_cli.ipynb #3b54c22a
+# %% ../../nbs/8_app/89_cli.ipynb #15d91dc8
 def _package_versions():
     "dict package -> version, or 'not installed'"
     from importlib import metadata
@@ -503,7 +504,7 @@ def _package_versions():
         except metadata.PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #73e9e7c8
+# %% ../../nbs/8_app/89_cli.ipynb #e71a27b6
 def _machine():
     "dict: what the computer has"
     import psutil
@@ -516,7 +517,7 @@ def _machine():
         memory=f'{memory.total/gb:.1f} GB, {memory.available/gb:.1f} GB free', accelerator=', '.join(gpu) or 'none',
         disk=f'{free_bytes(Path.cwd())/gb:.1f} GB free here')
 
-# %% ../../nbs/8_app/89_cli.ipynb #1f029962
+# %% ../../nbs/8_app/89_cli.ipynb #725f5e5f
 def template_file():
     "Path of the MNI152 template inside nilearn, or None"
     from importlib.util import find_spec
@@ -524,7 +525,7 @@ def template_file():
     folder = Path(spec.origin).parent/'datasets'/'data' if spec else None
     return next(iter(sorted(folder.glob('*t1*nii.gz'))), None) if folder else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #7a24404c
+# %% ../../nbs/8_app/89_cli.ipynb #ca4ef379
 def diagnosis():
     "dict section -> dict name -> state: what works here"
     from i2i_mamba_nb.core import networks, recipes
@@ -535,11 +536,11 @@ def diagnosis():
     return {'versions': _package_versions(), 'machine': _machine(), 'scan backends': scans, 'registry': records,
         'data': {'template': str(found) if found else 'missing: pip install --force-reinstall nilearn'}}
 
-# %% ../../nbs/8_app/89_cli.ipynb #822dc935
+# %% ../../nbs/8_app/89_cli.ipynb #455cc975
 def diagnosis_text(sections): "A diagnosis as indented lines"; return '\n'.join(
     f'{title}\n' + '\n'.join(f'  {k:<16} {v}' for k, v in entries.items()) for title, entries in sections.items())
 
-# %% ../../nbs/8_app/89_cli.ipynb #60c72a9f
+# %% ../../nbs/8_app/89_cli.ipynb #aa30e899
 @app.command()
 def doctor():
     """Say what works on this machine.
@@ -556,7 +557,7 @@ def doctor():
         typer.echo('something that is needed is missing, see above', err=True)
         raise typer.Exit(2)
 
-# %% ../../nbs/8_app/89_cli.ipynb #3ce27d38
+# %% ../../nbs/8_app/89_cli.ipynb #7c7de165
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help='Folder for everything; the cohort in it is used again.')] = Path('out'),
@@ -581,5 +582,5 @@ def demo(
         raise typer.Exit(130) from None
     typer.echo(next_steps(page))
 
-# %% ../../nbs/8_app/89_cli.ipynb #897dafe0
+# %% ../../nbs/8_app/89_cli.ipynb #74aedf47
 if __name__ == '__main__' and globals().get('__package__') == 'i2i_mamba_nb.app': sys.exit(main())

@@ -9,7 +9,7 @@ __all__ = ['VERSION', 'CONTRASTS', 'EXTENT', 'LOWER', 'PAD', 'NOTICE', 'LEVELS',
            'Sequence', 'Site', 'draw_relaxation', 'draw_textures', 'magnetisation', 'blur_matrix', 'slice_matrix',
            'acquire', 'rician', 'Phantom', 'simulate_subject', 'simulate_cohort']
 
-# %% ../../nbs/2_data/21_phantom.ipynb #4d26d04a
+# %% ../../nbs/2_data/21_phantom.ipynb #d70be606
 import functools
 import hashlib
 import json
@@ -260,15 +260,15 @@ def _paint_ovoid(image, rng, centre, radius, ratio):
     bumps = 1+.15*smooth_field(rng, axes, 3.)
     image[box] = np.maximum(image[box], _soft(np.sqrt((r**2).sum(-1))/bumps, .12))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #3e3e45b4
+# %% ../../nbs/2_data/21_phantom.ipynb #23a9ee32
 def _paint_glioma(images, rng, centre, radius):
     "Necrotic core, enhancing rim and oedema around one centre, painted into the last three of `images`"
-    box, axes = _box(images.shape[1:], centre, 3*radius)
+    box, axes = _box(images.shape[1:], centre, 3.8*radius)
     r = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing='ij')))/radius
-    r = r/np.exp(.16*smooth_field(rng, axes, 11.))
+    r = r/np.exp(.16*smooth_field(rng, axes, 11.).clip(-2, 2))
     core, tumour = _soft(r/.62, .08), _soft(r, .06)
     images[2][box], images[3][box] = core*tumour, tumour*(1-core)
-    images[4][box] = _soft(r/(1.75*np.exp(.2*smooth_field(rng, axes, 14.))), .1)*(1-tumour)
+    images[4][box] = _soft(r/(1.6*np.exp(.2*smooth_field(rng, axes, 14.).clip(-2, 2))), .1)*(1-tumour)
 
 # %% ../../nbs/2_data/21_phantom.ipynb #f1baf360
 def _paint_ms(images, rng):

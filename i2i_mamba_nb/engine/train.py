@@ -105,13 +105,13 @@ def _check(config):
     if config.max_steps is config.epochs is config.max_seconds is None:
         raise ConfigError('length of the run', given='none', expected='max_steps, epochs or max_seconds', hint='Give one of them.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #fc1e1afc
+# %% ../../nbs/7_engine/71_train.ipynb #6d1c75b5
 PRESETS = dict(
     smoke=dict(size=32, batch_size=2, max_steps=8, slices=16, validate_every=4, validate_slices=2, checkpoint_every=4),
-    laptop=dict(size=128, batch_size=4, max_steps=3000, validate_every=200),
+    laptop=dict(size=128, batch_size=4, max_steps=3000, validate_every=100, recipe_args=dict(lr=1e-3)),
     paper=dict(size=256, batch_size=1, epochs=60, augment=False, validate_every=1000))
 
-# %% ../../nbs/7_engine/71_train.ipynb #74eac5cc
+# %% ../../nbs/7_engine/71_train.ipynb #00532546
 def preset_config(
     preset,             # smoke, laptop or paper
     *,
@@ -122,9 +122,13 @@ def preset_config(
 ) -> TrainConfig:
     "Settings at a named scale. Raises ConfigError"
     check_choice('preset', preset, PRESETS)
-    args = dict(_record(network).presets.get(preset, {}), **overrides.pop('network_args', {}))
-    settings = dict(PRESETS[preset], sources=sources, target=target, network=network, network_args=args, preset=preset)
-    return from_dict(TrainConfig, settings | overrides)
+    settings = dict(PRESETS[preset], sources=sources, target=target, network=network, preset=preset,
+        network_args=_record(network).presets.get(preset, {}))
+    return from_dict(TrainConfig, settings | {k: _merged(settings.get(k), v) for k, v in overrides.items()})
+
+def _merged(ours, theirs):
+    "A table with another's entries on top; anything but two tables is replaced"
+    return ours | theirs if isinstance(ours, dict) and isinstance(theirs, dict) else theirs
 
 def _record(name):
     "Record of a generator; ConfigError for an unknown name or another kind of network"

@@ -65,35 +65,7 @@ def _(*args):
     borders = u.new_empty(n_borders(lay.l, steps, lanes), lay.b, lay.g, lay.n, lay.c, dtype=lay.dtype)
     return u.new_empty(u.shape), u.new_empty(lay.b, u.shape[1], lay.n, dtype=lay.dtype), borders
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #41489f06
-TENSORS = ', '.join(f'Tensor{"?" if i > 4 else ""} {name}' for i, name in enumerate(ScanInputs._fields))
-OPTIONS = 'bool softplus, int steps, int lanes'
-
-@torch.library.custom_op('i2i_mamba_nb::scan', mutates_args=(), schema=f'({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)')
-def scan_op(*args):
-    "Forward of the chunked scan as an operator of torch: y, last state, border states"
-    return chunked_forward(ScanInputs(*args[:9]), *args[9:])
-
-@scan_op.register_fake
-def _(*args):
-    inputs, (_, steps, lanes) = ScanInputs(*args[:9]), args[9:]
-    lay, u = layout(inputs), inputs.u
-    borders = u.new_empty(n_borders(lay.l, steps, lanes), lay.b, lay.g, lay.n, lay.c, dtype=lay.dtype)
-    return u.new_empty(u.shape), u.new_empty(lay.b, u.shape[1], lay.n, dtype=lay.dtype), borders
-
 # %% ../../nbs/1_ssm/14_dispatch.ipynb #81fb2e1c
-@torch.library.custom_op('i2i_mamba_nb::scan_backward', mutates_args=(),
-    schema=f'(Tensor grad_y, Tensor grad_last, Tensor borders, {TENSORS}, {OPTIONS}) -> Tensor[]')
-def scan_backward_op(grad_y, grad_last, borders, *args):
-    "Backward of the chunked scan as an operator of torch: the gradients of the inputs that are there"
-    grads = chunked_backward(grad_y, grad_last, ScanInputs(*args[:9]), borders, *args[9:])
-    return [g for g in grads if g is not None]
-
-@scan_backward_op.register_fake
-def _(grad_y, grad_last, borders, *args):
-    return [x.new_empty(x.shape) for x in args[:9] if x is not None]
-
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #692a77c9
 @torch.library.custom_op('i2i_mamba_nb::scan_backward', mutates_args=(),
     schema=f'(Tensor grad_y, Tensor grad_last, Tensor borders, {TENSORS}, {OPTIONS}) -> Tensor[]')
 def scan_backward_op(grad_y, grad_last, borders, *args):
@@ -119,21 +91,7 @@ def _gradients(ctx, grad_y, grad_last, _):
 
 scan_op.register_autograd(_gradients, setup_context=_keep)
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #495c5054
-def _keep(ctx, inputs, output):
-    "Save for backward the inputs and the border states, nothing else"
-    ctx.options = inputs[9:]
-    ctx.save_for_backward(output[2], *inputs[:9])
-
-def _gradients(ctx, grad_y, grad_last, _):
-    "Gradients in the order of the inputs, None for absent ones and options"
-    borders, *tensors = ctx.saved_tensors
-    found = iter(scan_backward_op(grad_y, grad_last, borders, *tensors, *ctx.options))
-    return *(None if x is None else next(found) for x in tensors), None, None, None
-
-scan_op.register_autograd(_gradients, setup_context=_keep)
-
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #072c7ecb
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #d2503324
 def selective_scan(
     u: Float[Tensor, "b d l"],              # input sequence
     delta: Float[Tensor, "b d l"],          # step sizes, raw
