@@ -186,7 +186,7 @@ def main():
     busy = load[0] > LIMIT or (cores or 0) > LIMIT
     result = dict(rows=rows, difference_from_mambapy=agreement(SHAPES['S3']), bars_reached=all(r['bars']['reached'] for r in rows.values()),
         busy=busy, load_average_before=load, other_processes_cores=cores, cpu=cpu_model(), cores=os.cpu_count(), threads=options.threads,
-        omp_wait_policy=os.environ.get('OMP_WAIT_POLICY', 'not set'),
+        waiting={k: os.environ.get(k, 'not set') for k in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')},
         versions={**versions(), 'mambapy': version('mambapy')}, command=' '.join(['python', 'bench/scan.py', *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec='seconds'), memory_method=' '.join(__doc__.split('Memory: ')[1].split()))
     write_json(options.output, result)

@@ -52,12 +52,12 @@ def options(
     Exit status: 0 done, 1 a defect of the program, 2 a mistake that the message explains, 130 stopped by Ctrl-C.
     """
 
-# %% ../../nbs/8_app/89_cli.ipynb #5fa7f573
+# %% ../../nbs/8_app/89_cli.ipynb #d4e3d72f
 def main(
     argv=None,      # list of words; those of the command line by default
 ):
     "Run one command; the exit status. Expected errors become one line on stderr, others are raised"
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     words = list(sys.argv[1:] if argv is None else argv)
     given = [w for w in words if w != '--debug']
     try: app(given, prog_name='i2i-mamba')

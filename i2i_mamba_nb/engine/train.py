@@ -105,10 +105,10 @@ def _check(config):
     if config.max_steps is config.epochs is config.max_seconds is None:
         raise ConfigError('length of the run', given='none', expected='max_steps, epochs or max_seconds', hint='Give one of them.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #6d1c75b5
+# %% ../../nbs/7_engine/71_train.ipynb #cdb19fba
 PRESETS = dict(
     smoke=dict(size=32, batch_size=2, max_steps=8, slices=16, validate_every=4, validate_slices=2, checkpoint_every=4),
-    laptop=dict(size=128, batch_size=4, max_steps=3000, validate_every=100, recipe_args=dict(lr=1e-3)),
+    laptop=dict(size=128, batch_size=2, max_steps=3000, validate_every=100, recipe_args=dict(lr=1e-3)),
     paper=dict(size=256, batch_size=1, epochs=60, augment=False, validate_every=1000))
 
 # %% ../../nbs/7_engine/71_train.ipynb #00532546
