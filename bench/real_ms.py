@@ -46,7 +46,7 @@ def results(folder):
     def number(v):
         try: return round(float(v), 5)
         except ValueError: return v
-    with open(folder/'results-2.csv', newline='', encoding='utf-8') as f:
+    with open(folder/'results-all.csv', newline='', encoding='utf-8') as f:
         return [{k: number(v) for k, v in r.items()} for r in csv.DictReader(f)]
 
 def shown(subject, fake_path, window):

@@ -1,6 +1,7 @@
 """Scan backends against mambapy's pscan and the step-by-step reference, interleaved in one run; ratios printed and stored as JSON.
 
-Time: wall milliseconds, median and least of the repeats; ratios are taken from the medians.
+Time: wall milliseconds, median and least of the repeats; ratios are taken from the medians. Every row has a process of its own:
+memory that a larger shape left mapped makes mambapy's forward pass at S3 several times faster (its tensors fit), which would be luck.
 Memory: what a fresh process's resident set grows by at its highest (VmHWM of /proc, set back before the call) over what it was
 with the inputs made and the method called once on a tiny input; the output counts.
 """
@@ -11,8 +12,10 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -134,6 +137,7 @@ class Others:
 # ---------------------------------------------------------------- the run
 def measure(shape, mode, options):
     "One row: times, ratios to mambapy, memory"
+    torch.set_num_threads(options.threads)
     row = dict(shape=dict(zip('bdl', shape, strict=True), n=STATES), mode=mode, ms=times(shape, mode, options.repeats))
     base = row['ms']['mambapy']['median']
     row['faster_than_mambapy'] = {k: base/v['median'] for k, v in row['ms'].items() if k != 'mambapy'}
@@ -142,6 +146,10 @@ def measure(shape, mode, options):
         most = row['extra_bytes']['mambapy']
         if most: row['memory_of_mambapy'] = {k: v/most for k, v in row['extra_bytes'].items() if k != 'mambapy'}
     return row
+
+def fresh(f, *args):
+    "What f returns in a process of its own: what was allocated for one shape must not speed up the next"
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(f, *args).result()
 
 def verdict(name, row):
     "Whether the pure PyTorch scan reaches its bars on this row"
@@ -179,7 +187,7 @@ def main():
     rows = {}
     for name in options.shapes.split(','):
         for mode in ('forward', 'both'):
-            row = rows[f'{name} {mode}'] = measure(SHAPES[name], mode, options)
+            row = rows[f'{name} {mode}'] = fresh(measure, SHAPES[name], mode, options)
             row['bars'] = verdict(name, row)
             show(name, row)
     cores = others.cores()

@@ -1,4 +1,5 @@
 "The README's Python runs as it stands, and its commands exist"
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,14 @@ def env():
     "The environment with a drawing back end that needs no screen"
     import os
     return {**os.environ, 'MPLBACKEND': 'agg'}
+
+def test_figures_are_the_recorded_ones():
+    record = json.loads((ROOT/'bench'/'results'/'demo.json').read_text(encoding='utf-8'))
+    psnr = {r['method']: r['PSNR [dB]'].split()[0] for r in record['results']}
+    told = [f'I2I-Mamba {psnr["I2I-Mamba"]} dB',
+        f'the twin {psnr["twin without Mamba"]} dB', f'{psnr["pixel MLP"]} dB', f'{psnr["copy T2"]} dB']
+    told += [f'twin made {record["runs"]["twin without Mamba"]["steps"]} steps', f'I2I-Mamba {record["runs"]["I2I-Mamba"]["steps"]}.']
+    assert not [t for t in told if t not in README]
 
 @pytest.mark.parametrize('target', sorted(set(re.findall(r'\bmake (\w+)', README))))
 def test_make_target_exists(target): assert re.search(rf'^{target}:', (ROOT/'Makefile').read_text(), re.M)

@@ -23,6 +23,7 @@ def build(source, target):
     "Markdown of notebook `source` at `target`, its pictures beside it under nbs/images"
     nb = visible(nbformat.read(source, as_version=4))
     body, made = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': 'nbs/images', 'unique_key': source.stem})
+    body = body.replace('![png](', '![picture drawn by the code above](')
     body = body.replace('](images/', '](nbs/images/').replace('src="images/', 'src="nbs/images/')
     target.write_text(body.strip()+'\n', encoding='utf-8')
     for name, data in made['outputs'].items():
