@@ -25,6 +25,7 @@ def described():
     "dict for the head of a results file"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
-    return dict(machine=dict(cpu=cpu_model(), cores=cores, flags=cpu_flags(), system=platform.system()), threads=torch.get_num_threads(),
-        versions=versions(), load_average=round(os.getloadavg()[0], 2), command=' '.join(['python', f'bench/{Path(sys.argv[0]).name}', *words]),
-        date=datetime.date.today().isoformat())
+    machine = dict(cpu=cpu_model(), cores=cores, flags=cpu_flags(), system=platform.system())
+    command = ' '.join(['python', f'bench/{Path(sys.argv[0]).name}', *words])
+    return dict(machine=machine, threads=torch.get_num_threads(), versions=versions(), load_average=round(os.getloadavg()[0], 2),
+        command=command, date=datetime.date.today().isoformat())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from i2i_mamba_nb.app import cli
@@ -19,7 +20,7 @@ from i2i_mamba_nb.data.volume import Volume, read_volume, write_volume
 
 MODALITIES = ('T1', 'T2', 'FLAIR')
 AFFINE = np.array([[-2., 0, 0, 20], [0, 2, 0, -30], [0, 0, 4, -7], [0, 0, 0, 1]])
-ENV = dict(os.environ, OMP_NUM_THREADS='1', COLUMNS='120')
+ENV = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), COLUMNS='120')  # bits depend on the number of threads
 
 def head(seed, modality, shape=(22, 26, 9)):
     "A blob whose FLAIR depends on T1 and T2"

@@ -31,7 +31,7 @@ def test_figures_are_the_recorded_ones():
     told += [f'twin made {record["runs"]["twin without Mamba"]["steps"]} steps', f'I2I-Mamba {record["runs"]["I2I-Mamba"]["steps"]}.']
     assert not [t for t in told if t not in README]
 
-@pytest.mark.parametrize('target', sorted(set(re.findall(r'\bmake (\w+)', README))))
+@pytest.mark.parametrize('target', sorted(set(re.findall(r'(?:^|`)make (\w+)', README, re.M))))
 def test_make_target_exists(target): assert re.search(rf'^{target}:', (ROOT/'Makefile').read_text(), re.M)
 
 @pytest.mark.parametrize('command', sorted(set(re.findall(r'^i2i-mamba (\w+)', README, re.M))))

@@ -119,10 +119,15 @@ def put(
     start, k, p = piece
     out[..., start:start+k*p] = value.permute(2, 3, 4, 1, 0).reshape(*out.shape[:-1], k*p)
 
-# %% ../../nbs/1_ssm/11_parallel.ipynb #c6b149fa
-def channels(x, lay): return x.to(lay.dtype).view(lay.g, lay.c)
-def states(x, lay): return rearrange(x.to(lay.dtype), '... (g c) n -> ... g n c', g=lay.g).contiguous()
-def weights(x, piece, lay): return states(x, lay) if x.ndim == 2 else time_major(x, piece, lay)[..., None]
+# %% ../../nbs/1_ssm/11_parallel.ipynb #9bb142b9
+def channels(x, lay): "(d) as groups and channels"; return x.to(lay.dtype).view(lay.g, lay.c)
+def states(x, lay):
+    "(..., d, n) with states before channels, which are the fast axis"
+    return rearrange(x.to(lay.dtype), '... (g c) n -> ... g n c', g=lay.g).contiguous()
+
+def weights(x, piece, lay):
+    "B or C of one piece: the same at every step, or time first"
+    return states(x, lay) if x.ndim == 2 else time_major(x, piece, lay)[..., None]
 
 # %% ../../nbs/1_ssm/11_parallel.ipynb #b8dbc50f
 def over_states(w, h):
