@@ -19,7 +19,7 @@ test: $(VENV)/ok-dev
 	ruff check
 
 lab: $(VENV)/ok-lab
-	jupyter lab --no-browser nbs
+	jupyter lab --no-browser $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 bench: $(VENV)/ok-dev
 	python bench/scan.py
@@ -29,9 +29,9 @@ export: $(VENV)/ok-dev
 	nbdev_clean && nbdev_export
 	python tools/build_readme.py nbs/index.ipynb README.md
 
-# For those who write: execute notebooks for committing, `make run NB="nbs/1_ssm/10_recurrence.ipynb"`; all without NB
+# For those who write: execute notebooks for committing, `make run NB="nbs/1_ssm/10_recurrence.ipynb"`; all without NB; one thread, so that the last bits repeat
 run: $(VENV)/ok-dev
-	python tools/run_nb.py $(if $(NB),$(NB),$$(git ls-files 'nbs/*.ipynb'))
+	OMP_NUM_THREADS=1 python tools/run_nb.py $(if $(NB),$(NB),$$(git ls-files 'nbs/*.ipynb'))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
