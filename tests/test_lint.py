@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # index.ipynb is the README, not a chapter
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in str(p) and p.stem != 'index')
-TEST = re.compile(r'\bassert\b|\btest_(eq|ne|fail|close|is)\b|allclose|assert_close|gradcheck|\bcheck_?\w*\(|\braises\(')
+TEST = re.compile(r'\bassert\b|\btest_(eq|ne|fail|close|is)\b|allclose|assert_close|gradcheck|\bcheck\(|^check_\w+\(|\braises\(', re.M)
 LEDGER = re.compile(r'> Paper: .+ Ours: .+ Why: .+ Effect: .+')
 MAMBA_SSM_SIGNATURE = {'selective_scan', 'reference', 'chunked'}  # keep mamba-ssm's argument list, see the style guide
 
