@@ -10,7 +10,8 @@ from jaxtyping import TypeCheckError, install_import_hook
 with install_import_hook('i2i_mamba_nb', 'beartype.beartype'):
     from i2i_mamba_nb.core import network, networks, recipe
     from i2i_mamba_nb.ssm import selective_scan
-    from i2i_mamba_nb.ssm.mixers import SS2D, Mamba
+    from i2i_mamba_nb.ssm.mixers import ES2D, SS2D, BiMamba, Mamba, trace
+    from i2i_mamba_nb.ssm.scan_orders import ORDERS, cross_merge, cross_scan, inverse, locality, orders, reversed_order, skip_orders
 '''
 PASSES = dict(
     scan='''
@@ -20,7 +21,19 @@ y, last = selective_scan(u, delta, -torch.rand(d, n), B, C, torch.ones(d), torch
 assert y.shape == (b, d, l) and last.shape == (b, d, n)''',
     mixers='''
 assert Mamba(6, d_state=3)(torch.randn(2, 7, 6)).shape == (2, 7, 6)
-assert SS2D(6, d_state=3)(torch.randn(2, 6, 3, 5)).shape == (2, 6, 3, 5)''',
+assert SS2D(6, d_state=3)(torch.randn(2, 6, 3, 5)).shape == (2, 6, 3, 5)
+assert ES2D(6, d_state=3)(torch.randn(2, 6, 3, 5)).shape == (2, 6, 3, 5)
+two, one, x = BiMamba(6, d_state=3, order='hilbert'), Mamba(6, d_state=3, order='snake'), torch.randn(2, 15, 6)
+assert two(x, size=(3, 5)).shape == one(x, size=(3, 5)).shape == (2, 15, 6)
+y, state = one.step(x[:, 0], one.start(2))
+for m, kind in ((two, dict(size=(3, 5))), (one, dict(size=(3, 5))), (ES2D(6, d_state=3), {})):
+    trace(m, x if kind else x.mT.unflatten(2, (3, 5)), **kind)''',
+    orders='''
+rows = orders(tuple(ORDERS), 3, 5)
+assert cross_merge(cross_scan(torch.randn(2, 4, 3, 5), rows), 3, 5, rows).shape == (2, 4, 15)
+inverse(rows), inverse(rows[0]), reversed_order(rows), reversed_order(rows[0]), locality(rows[0], 3, 5)
+parts = skip_orders(3, 5)
+assert cross_merge(cross_scan(torch.randn(2, 4, 3, 5), parts), 3, 5, parts).shape == (2, 4, 15)''',
     networks='''
 for name, record in networks('generator').items():
     for switch in [{}, *record.ablations.values()]:
@@ -35,8 +48,8 @@ for phase in made.phases:
     named, memory = made.losses(phase, batch, memory)
     named['total'].backward()''',
     a_wrong_shape_is_seen='''
-from i2i_mamba_nb.ssm import mixers
-try: mixers.cross_scan(torch.randn(2, 3, 5))
+from i2i_mamba_nb.ssm import scan_orders
+try: scan_orders.cross_scan(torch.randn(2, 3, 5))
 except TypeCheckError: pass
 else: raise AssertionError('three axes passed for four')''')
 

@@ -1,0 +1,163 @@
+// Forward: tile by tile through time, a few blocks of channels side by side so that they share the rows of B and C
+#pragma once
+#include <vector>
+#include "scan.h"
+
+static const int STRIP = 4;     // blocks that go through time together
+static const int AHEAD = 2*TILE;      // steps between what is computed and what is fetched
+#if W == 16
+static const int FORWARD_STATES = 16;
+#else
+static const int FORWARD_STATES = 4;
+#endif
+
+// What the recurrence needs of a tile of one block
+struct Tile {
+  int count;
+  V u[TILE], dt[TILE], du[TILE];
+  V largest;            // largest |dt| of each lane
+  Fetch fetch;
+};
+
+// K states of one block through a tile. `a` is multiplied by EXP_SCALE; FB, FC: B, C are vectors that stay the same over time.
+template<int K, bool SAFE, bool FB, bool FC, bool OUT>
+INLINE void advance(Tile& x, const Weights& w, V* state, const V* a, int64_t n, const V* fixed_B, const V* fixed_C, V* y) {
+  V h[K];
+  for (int i = 0; i < K; i++) h[i] = state[n + i];
+  for (int t = 0; t < x.count; t++) {
+    const V dt = x.dt[t], du = x.du[t];
+    const float *B = w.B[t] + n, *C = w.C[t] + n;
+    V even{}, odd{};
+    x.fetch.step();
+    #pragma GCC unroll 16
+    for (int i = 0; i < K; i++) {
+      h[i] = h[i]*exp_scaled<SAFE>(dt, a[n + i]) + (FB ? du*fixed_B[n + i] : du*B[i]);
+      if (OUT) (i % 2 ? odd : even) += FC ? h[i]*fixed_C[n + i] : h[i]*C[i];
+    }
+    if (OUT) y[t] += even + odd;
+  }
+  for (int i = 0; i < K; i++) state[n + i] = h[i];
+}
+
+struct Forward {
+  const Block k;
+  const int64_t N;
+  V bias, D, largest_a;
+  Room<V> held;
+  V *state, *a, *fixed_B, *fixed_C;
+
+  explicit Forward(const Block& block): k(block), N(k.s.states), bias(k.per_channel(k.s.bias)), D(k.per_channel(k.s.D)), largest_a{},
+    held(4*N), state(held.p), a(state + N), fixed_B(a + N), fixed_C(fixed_B + N) {
+    k.per_state(k.of_batch(k.s.initial), state);
+    k.per_state(k.s.A, a, EXP_SCALE);
+    k.per_state(k.s.fixed_B, fixed_B);
+    k.per_state(k.s.fixed_C, fixed_C);
+    for (int64_t n = 0; n < N; n++) largest_a = larger(magnitude(a[n]), largest_a);
+  }
+  void read(const Steps& steps, Tile& x) const {
+    x.count = steps.count;
+    read_tile(k.s.u, k.base(k.s.u), steps, k.n_channels, x.u);
+    read_tile(k.s.delta, k.base(k.s.delta), steps, k.n_channels, x.dt);
+    x.largest = V{};
+    for (int t = 0; t < TILE; t++) {
+      V d = x.dt[t] + bias;
+      x.dt[t] = d = k.s.softplus ? softplus(d) : d;
+      x.du[t] = d*x.u[t];
+      x.largest = larger(magnitude(d), x.largest);
+    }
+  }
+  template<bool OUT> void run(Tile& x, const Weights& w, V* y) {
+    if (k.s.fixed_B || k.s.fixed_C) {
+      auto go = [&](auto FB, auto FC) { for_states<4>(0, N, [&](auto K, int64_t n) {
+        advance<K.value, false, FB.value, FC.value, OUT>(x, w, state, a, n, fixed_B, fixed_C, y); }); };
+      if (!k.s.fixed_C) go(std::true_type(), std::false_type());
+      else if (!k.s.fixed_B) go(std::false_type(), std::true_type());
+      else go(std::true_type(), std::true_type());
+    } else if (!any_above(x.largest*largest_a, all(EXP_SAFE*EXP_SCALE)))    // no exponent of this tile needs clamping
+      for_states<FORWARD_STATES>(0, N, [&](auto K, int64_t n) { advance<K.value, true, false, false, OUT>(x, w, state, a, n, a, a, y); });
+    else
+      for_states<4>(0, N, [&](auto K, int64_t n) { advance<K.value, false, false, false, OUT>(x, w, state, a, n, a, a, y); });
+  }
+  void outputs(const Steps& steps, const Weights& w) {
+    Tile x;
+    V y[TILE], z[TILE];
+    if (k.s.borders && steps.first % CHUNK == 0) for (int64_t n = 0; n < N; n++) store(k.border(steps.first) + n*W, state[n]);
+    read(steps, x);
+    x.fetch.n = x.fetch.at = 0;
+    if (steps.first + AHEAD + TILE <= k.steps) {
+      for (const View* v: {&k.s.u, &k.s.delta, &k.s.z, &k.s.y}) k.fetch(x.fetch, *v, steps.first + AHEAD, TILE);
+      x.fetch.spread(TILE*up(N, FORWARD_STATES));
+    }
+    for (int t = 0; t < TILE; t++) y[t] = D*x.u[t];
+    run<true>(x, w, y);
+    if (k.s.z.data) {
+      read_tile(k.s.z, k.base(k.s.z), steps, k.n_channels, z);
+      for (int t = 0; t < TILE; t++) y[t] *= z[t]*sigmoid(z[t]);
+    }
+    write_tile(k.s.y, k.base(k.s.y), steps, k.n_channels, y, k.s.merge);
+  }
+  // Steps first..end from the state zero: the state they end in, and the sum of their step sizes
+  void carry(int64_t first, int64_t end, V* out) {
+    Tile x;
+    Weights w(k.s);
+    V total{};
+    for (int64_t n = 0; n < N; n++) state[n] = V{};
+    for (int64_t t0 = first; t0 < end; t0 += TILE) {
+      const Steps steps = k.tile(t0, end);
+      read(steps, x);
+      w.read(k.b, k.g, steps, 0);
+      run<false>(x, w, nullptr);
+      for (int t = 0; t < x.count; t++) total += x.dt[t];
+    }
+    for (int64_t n = 0; n < N; n++) out[n] = state[n];
+    out[N] = total;
+  }
+  // A stretch summed up by `carry`, passed in one go: its decays multiply to exp(A times the sum of dt)
+  void skip(const V* carried) {
+    for (int64_t n = 0; n < N; n++) state[n] = state[n]*exp_scaled<false>(carried[N], a[n]) + carried[n];
+  }
+};
+
+static void forward(const Scan& s) {
+  const int64_t blocks = blocks_of(s), items = s.batch*(s.merge ? 1 : s.groups), inner = s.merge ? s.groups : 1;
+  // strips as long as every thread still gets one
+  const int64_t width = std::max<int64_t>(1, std::min<int64_t>(STRIP, items*blocks/s.threads)), strips = up(blocks, width);
+  const int64_t units = items*strips*s.segments, size = s.states + 1;
+  Room<V> carried(s.segments > 1 ? items*blocks*s.segments*size : 0);
+  auto block = [&](int64_t item, int64_t i, int64_t g) {
+    return s.merge ? Block(s, item, g, i) : Block(s, item/s.groups, item % s.groups, i);
+  };
+  auto summary = [&](int64_t item, int64_t i, int64_t segment) { return carried.p + ((item*blocks + i)*s.segments + segment)*size; };
+  #pragma omp parallel num_threads((int)s.threads) if(s.threads > 1)
+  {
+    if (s.segments > 1) {       // the state at the end of each stretch, had it begun at zero
+      #pragma omp for schedule(static)
+      for (int64_t j = 0; j < items*blocks*(s.segments - 1); j++) {
+        const int64_t segment = j % (s.segments - 1), i = j/(s.segments - 1) % blocks, item = j/(s.segments - 1)/blocks;
+        const Block k = block(item, i, 0);
+        Forward(k).carry(segment_start(k, segment), segment_start(k, segment + 1), summary(item, i, segment));
+      }
+    }
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < units; unit++) {
+      const int64_t segment = unit % s.segments, strip = unit/s.segments % strips, item = unit/s.segments/strips;
+      for (int64_t g = 0; g < inner; g++) {
+        std::vector<Forward> strip_of;
+        strip_of.reserve(width);
+        for (int64_t i = strip*width; i < std::min(blocks, (strip + 1)*width); i++) {
+          strip_of.emplace_back(block(item, i, g));
+          for (int64_t j = 0; j < segment; j++) strip_of.back().skip(summary(item, i, j));
+        }
+        const Block& k = strip_of[0].k;
+        Weights w(s);
+        const int64_t end = segment_start(k, segment + 1);
+        for (int64_t t = segment_start(k, segment); t < end; t += TILE) {
+          const Steps steps = k.tile(t, end);
+          w.read(k.b, k.g, steps, 0);
+          for (Forward& f: strip_of) f.outputs(steps, w);
+        }
+        if (segment + 1 == s.segments) for (Forward& f: strip_of) f.k.put_per_state(f.k.of_batch(s.last), f.state);
+      }
+    }
+  }
+}
