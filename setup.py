@@ -24,14 +24,14 @@ extras = {k.removesuffix('_requirements'): words(k) for k in cfg if k.endswith('
 # One shared library per instruction set, chosen when it is loaded (ssm/cpu_kernel). -fopenmp records the name libgomp.so.1 only,
 # which is also the name of torch's own copy: loaded after torch, both share one set of threads.
 FLAGS = '-O3 -g0 -std=c++17 -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-signed-zeros'
-BUILDS = dict(sse2='-DW=4', avx2='-DW=8 -mavx2 -mfma -mf16c', avx512='-DW=16 -march=x86-64-v4 -mprefer-vector-width=512')
+BUILDS = dict(sse2='-DW=4', avx2='-DW=8 -mavx2 -mfma', avx512='-DW=16 -march=x86-64-v4 -mprefer-vector-width=512')
 if platform.machine() in ('arm64', 'aarch64'): BUILDS = dict(neon='-DW=4')
 if platform.machine() not in ('arm64', 'aarch64', 'x86_64', 'AMD64'): BUILDS = {}
 
 def extension(name, flags):
-    source = root/lib/'csrc'
-    return Extension(f'{lib}.csrc.scan_{name}', [f'{lib}/csrc/scan.cpp'], depends=sorted(str(p.relative_to(root)) for p in source.glob('*.h')),
-        language='c++', optional=True, extra_compile_args=shlex.split(f'{FLAGS} {flags}'), extra_link_args=['-fopenmp'])
+    headers = sorted(str(p.relative_to(root)) for p in (root/lib/'csrc').glob('*.h'))
+    return Extension(f'{lib}.csrc.scan_{name}', [f'{lib}/csrc/scan.cpp'], depends=headers, language='c++',
+        optional=True, extra_compile_args=shlex.split(f'{FLAGS} {flags}'), extra_link_args=['-fopenmp'])
 
 class BuildScan(build_ext):
     "Plain libraries, not Python modules: no tag in their name, no PyInit_, objects apart, and their SHA-256 digest as the last 32 bytes"

@@ -21,13 +21,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import described
-from scan import Others, inputs, peer, peer_inputs
+import torch.nn.functional as F
+from machine import Others, described
+from mambapy.pscan import pscan
 
 from i2i_mamba_nb.core import write_json
 from i2i_mamba_nb.ssm.cpu_kernel import (BUILDS, OrderedInputs, build_path, cpu_backward, cpu_forward, kernel, load_build, new,
     ordered_backward, ordered_forward)
-from i2i_mamba_nb.ssm.parallel import chunked_backward, chunked_forward
+from i2i_mamba_nb.ssm.parallel import chunked_forward
 from i2i_mamba_nb.ssm.recurrence import ScanInputs, reference
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +59,7 @@ def given(shape, n=16):
     A = -torch.arange(1., n+1).repeat(d, 1)
     return ScanInputs(r(b, d, l), .5*r(b, d, l), A, r(b, 1, n, l), r(b, 1, n, l), torch.ones(d), None, torch.full((d,), -4.6))
 
-def forward(x, softplus=True, **options): return lambda: cpu_forward(x, softplus, keep=options.pop('keep', False), **options)
+def forward(x, softplus=True, keep=False, **options): return lambda: cpu_forward(x, softplus, keep, **options)
 
 def both(x, softplus=True, **options):
     "Forward and backward, as in training"
@@ -67,6 +68,16 @@ def both(x, softplus=True, **options):
     def run():
         borders = cpu_forward(x, softplus, **options)[2]
         return cpu_backward(gy, gl, x, borders, softplus, **options)
+    return run
+
+def peer(x):
+    "The scan on mambapy's parallel scan, its inputs in its own order of axes: batch, length, channels"
+    u, delta, B, C = (t.squeeze(1).mT.contiguous() for t in (x.u, x.delta, x.B, x.C))
+    @torch.no_grad()
+    def run():
+        dt = F.softplus(delta+x.delta_bias)
+        states = pscan(torch.exp(dt[..., None]*x.A), (dt*u)[..., None]*B[:, :, None])
+        return (states @ C[..., None]).squeeze(-1)+x.D*u
     return run
 
 class Without:
@@ -92,25 +103,26 @@ def layouts():
     spread = x._replace(**{k: getattr(x, k).repeat_interleave(2, -1)[..., ::2] for k in ('u', 'delta')})
     return race({'(b d l)': forward(x), '(b l d)': forward(turned), 'every second element': forward(spread)})
 
-def threads():
+def thread_counts():
     "One and two threads"
-    x, most = given(S1), torch.get_num_threads()
-    return dict(forward=race({str(k): forward(x, threads=k) for k in range(1, most+1)}), both=race({str(k): both(x, threads=k) for k in range(1, most+1)}))
+    x, counts = given(S1), range(1, torch.get_num_threads()+1)
+    return {f.__name__: race({str(k): f(x, threads=k) for k in counts}) for f in (forward, both)}
 
 def borders():
     "Keeping the states at chunk borders, and their bytes beside those of all states"
     x, build = given(S1), kernel()
     kept = cpu_forward(x, True)[2]
     (b, d, l), n = S1, x.A.shape[1]
-    return dict(race(dict(kept=forward(x, keep=True), dropped=forward(x))), bytes=dict(borders=4*kept.numel(), all_states=4*b*d*l*n, u=4*b*d*l),
-        chunk=build.chunk)
+    size = dict(borders=4*kept.numel(), all_states=4*b*d*l*n, u=4*b*d*l)
+    return dict(race(dict(kept=forward(x, keep=True), dropped=forward(x))), bytes=size, chunk=build.chunk)
 
 def large_pages():
     "Writing 64 MiB of fresh memory once, and a forward pass whose output is fresh each time"
     build, x = kernel(), given((4, 512, 4096))
     small = without(build, scan_large_pages=lambda *_: None)
     touch = lambda k: lambda: new(k, shape=2**24).fill_(1.)
-    return dict(touch=race(dict(large=touch(build), small=touch(small))), forward=race(dict(large=forward(x, build=build), small=forward(x, build=small))))
+    return dict(touch=race(dict(large=touch(build), small=touch(small))),
+        forward=race(dict(large=forward(x, build=build), small=forward(x, build=small))))
 
 def segments():
     "Few channels and a long sequence: the length is split, or one thread works while the other waits"
@@ -122,7 +134,7 @@ def segments():
 def softplus():
     "The step size through softplus or as it comes"
     x = given(S1)
-    positive = x._replace(delta=torch.nn.functional.softplus(x.delta-4.6), delta_bias=None)
+    positive = x._replace(delta=F.softplus(x.delta-4.6), delta_bias=None)
     return race({'with': forward(x), 'without': forward(positive, False)})
 
 def clamping():
@@ -170,17 +182,16 @@ def lengths():
     found = {}
     for l in [2**k for k in range(8, 17, 2)]:
         x = given((1, 64, l))
-        other = peer_inputs([t.detach() for t in inputs((1, 64, l))])
-        def mambapy(other=other):
-            with torch.no_grad(): return peer(*other)
-        variants = dict(cpu=forward(x), chunked=lambda x=x: chunked_forward(x, True), mambapy=mambapy)
+        variants = dict(cpu=forward(x), chunked=lambda x=x: chunked_forward(x, True), mambapy=peer(x))
         if l <= 4096: variants['reference'] = lambda x=x: reference(*x[:8], True)
         found[str(l)] = race(variants, 3)
     return found
 
 # ---------------------------------------------------------------- ideas that need a compiler: the kernel with a line changed
-CHANGES = {'as it is': [], 'no fetching ahead': [('tile.h', '__builtin_prefetch(line[at], 0, 2);', ''), ('tile.h', '__builtin_prefetch(line[at + 1], 0, 2);', '')],
-    'one block at a time': [('forward.h', 'STRIP = 4;', 'STRIP = 1;')], 'four states at a time': [('forward.h', 'FORWARD_STATES = 16;', 'FORWARD_STATES = 4;')]}
+CHANGES = {'as it is': [],
+    'no fetching ahead': [('tile.h', f'__builtin_prefetch(line[{at}], 0, 2);', '') for at in ('at', 'at + 1')],
+    'one block at a time': [('forward.h', 'STRIP = 4;', 'STRIP = 1;')],
+    'four states at a time': [('forward.h', 'FORWARD_STATES = 16;', 'FORWARD_STATES = 4;')]}
 
 def flags(name):
     "Compiler flags out of setup.py"
@@ -226,14 +237,11 @@ INLINE V polynomial(V d, V a) {
   V p = ((((r*1.3400433e-3f + 9.6703602e-3f)*r + 5.5502813e-2f)*r + 2.4022107e-1f)*r + 6.9314719e-1f)*r + 1.f;
   return (V)((VI)p + ((VI)k << 23));
 }
-template<class F> static void threads_do(int threads, F f) {
-  #pragma omp parallel num_threads(threads)
-  f();
-}
-// `kind` 0: 16 multiply-adds a round, 1: 16 exponentials, 2: 16 exponentials without the table, 3: one step of 16 states
-extern "C" float probe(int kind, long rounds, int threads, const float* numbers) {
+// 0: 16 multiply-adds a round, 1: 16 exponentials, 2: 16 exponentials without the table, 3: one step of 16 states
+template<int kind> static float run(long rounds, int threads, const float* numbers) {
   float total = 0;
-  threads_do(threads, [&] {
+  #pragma omp parallel num_threads(threads)
+  {
     V h[16], a[16], y{};
     for (int i = 0; i < 16; i++) h[i] = all(0.1f*i), a[i] = all(-1.4427f*PER_OCTAVE*(i + 1));
     for (long t = 0; t < rounds; t++) {
@@ -241,9 +249,9 @@ extern "C" float probe(int kind, long rounds, int threads, const float* numbers)
       V dt = all(p[0]), du = all(p[1]), even{}, odd{};
       #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
-        if (kind == 0) h[i] = h[i]*dt + du;
-        else if (kind == 1) h[i] += exp_scaled<true>(dt, a[i]);
-        else if (kind == 2) h[i] += polynomial(dt, a[i]);
+        if constexpr (kind == 0) h[i] = h[i]*dt + du;
+        else if constexpr (kind == 1) h[i] += exp_scaled<true>(dt, a[i]);
+        else if constexpr (kind == 2) h[i] += polynomial(dt, a[i]);
         else { h[i] = h[i]*exp_scaled<true>(dt, a[i]) + du*p[2 + i]; (i % 2 ? odd : even) += h[i]*p[18 + i]; }
       }
       y += even + odd;
@@ -251,8 +259,12 @@ extern "C" float probe(int kind, long rounds, int threads, const float* numbers)
     for (int i = 0; i < 16; i++) y += h[i];
     #pragma omp critical
     total += y[0] + y[W - 1];
-  });
+  }
   return total;
+}
+extern "C" float probe(int kind, long rounds, int threads, const float* numbers) {
+  return kind == 0 ? run<0>(rounds, threads, numbers) : kind == 1 ? run<1>(rounds, threads, numbers)
+       : kind == 2 ? run<2>(rounds, threads, numbers) : run<3>(rounds, threads, numbers);
 }
 """
 
@@ -293,12 +305,13 @@ def main():
         others = Others()
         result['limits'] = limits(Path(folder)) if made else None
         result['taken_out'] = taken_out(made) if made else None
-        for f in (builds, layouts, threads, borders, large_pages, segments, softplus, clamping, states, halves, orders, lengths):
+        for f in (builds, layouts, thread_counts, borders, large_pages, segments, softplus, clamping, states, halves, orders, lengths):
             result[f.__name__] = f()
             print(f'{f.__name__}: {result[f.__name__]}', flush=True)
     cores = others.cores()
     result.update(other_processes_cores=cores, busy=bool(cores and cores > .5))
     write_json(options.output, result)
-    print(f'limits {result["limits"]}\ntaken out {result["taken_out"]}\n{time.time()-started:.0f} s, others used {cores:.2f} cores; {options.output.name}')
+    for key in ('limits', 'taken_out'): print(f'{key}: {result[key]}')
+    print(f'{time.time()-started:.0f} s, others used {cores or 0:.2f} cores; written to {options.output.name}')
 
 if __name__ == '__main__': main()

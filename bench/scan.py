@@ -1,205 +1,200 @@
-"""Scan backends against mambapy's pscan and the step-by-step reference, interleaved in one run; ratios printed and stored as JSON.
+"""Scan backends against mambapy, the step-by-step reference and what torch offers, taken in turns; ratios printed and stored as JSON.
 
-Time: wall milliseconds, median and least of the repeats; ratios are taken from the medians. Every row has a process of its own:
-memory that a larger shape left mapped makes mambapy's forward pass at S3 several times faster (its tensors fit), which would be luck.
+Time: wall milliseconds, median and least of the repeats; ratios are taken from the medians. Every row has a process of its own for each
+setting of the allocator. Bars are judged with the default setting. Inputs and the gradient of y are made before.
 Memory: what a fresh process's resident set grows by at its highest (VmHWM of /proc, set back before the call) over what it was
-with the inputs made and the method called once on a tiny input; the output counts.
+with the inputs made and the method called once on a tiny input; the output and all gradients count.
+Limit: the larger of two times that no program for this recurrence can beat here. Bytes: every input read once and every result written
+once (backward reads inputs and gradient again) at the speed of a copy within memory. Instructions: vector multiplications, fused or not,
+that the formula needs with csrc/simd.h's exponential (see MULTIPLIES), at the rate of the fastest loop on this machine that consists of
+them, a convolution or matrix product of torch; builds with narrower vectors get their share of that rate.
 """
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 
-import mambapy.pscan
 import torch
-import torch.nn.functional as F
+from machine import (
+    ALLOCATORS, BUSY, RESULTS, SHAPES, STATES, Others, bar, copy_speed, described, forked, growth, in_child, interleaved, multiply_speed,
+    n_cores, peers, ratios, stored, told
+)
+from peers import builds, difference, left_out, methods, outcome, prepared
 
-from i2i_mamba_nb.core import versions, write_json
-from i2i_mamba_nb.ssm import backends, selective_scan
+MODES, SMOKE = ('forward', 'both'), dict(S1=(1, 16, 64), S3=(2, 8, 32))
+SLOW = dict(reference=2, doubling=1, associative_scan=2, cumulative=2)      # runs of methods that take seconds
+WRONG = 1e-3        # difference from mambapy from which a method is called wrong
+# per state and step: (decay, exponential, states, output; backward runs the states again, then eight more); per step: softplus and the rest
+MULTIPLIES = dict(avx512=dict(forward=(7, 16), both=(21, 39)), other=dict(forward=(9, 19), both=(25, 45)))
+LANES = dict(avx512=16, avx2=8, sse2=4, neon=4)
+SPEED = dict(avx512=dict(forward=dict(mambapy=100, reference=150), both=dict(S1=100, S3=100, mambapy=70)),
+    avx2=dict(forward=dict(mambapy=50), both=dict(mambapy=30)), chunked=dict(forward=dict(S2=2, mambapy=4), both=dict(S2=1.5, mambapy=3)))
+MEMORY, LINEAR, STRETCH = dict(forward=1.25, both=4., both_gated=5., chunked=.15), 2.3, 5.
 
-HERE = Path(__file__).resolve().parent
-SHAPES = dict(S1=(1, 512, 4096), S1b=(4, 512, 4096), S2=(1, 64, 65536), S3=(1, 1024, 1024))  # batch, channels, length
-STATES = 16
-LIMIT = .5          # load of other processes above which a run is marked as busy
-GRAPH_LIMIT = 4096  # steps up to which the reference, one graph node per operation and step, is run backward
-BARS = dict(forward=dict(S2=2., other=4.), both=dict(S2=1.5, other=3.), memory=.15)
+# ---------------------------------------------------------------- in processes of their own
+def times(shape, mode, rounds):
+    "Milliseconds of every method, and its difference from mambapy, which must not be large"
+    tried = {k: m for k, m in methods().items() if not left_out(k, shape, mode)}
+    wanted = outcome(tried['mambapy'], shape, mode)
+    off = {k: difference(outcome(m, shape, mode), wanted) for k, m in tried.items() if k != 'mambapy'}
+    del wanted
+    return dict(ms=interleaved({k: prepared(m, shape, mode) for k, m in tried.items()}, rounds, most=SLOW), difference_from_mambapy=off)
 
-# ---------------------------------------------------------------- what is compared
-def inputs(shape, seed=0):
-    "u, delta, A, B, C, D, delta_bias of a scan like a freshly initialised Mamba's"
-    g = torch.Generator().manual_seed(seed)
-    (b, d, l), n = shape, STATES
-    r = lambda *s: torch.randn(*s, generator=g)
-    A = -torch.arange(1., n+1).repeat(d, 1)
-    return [x.requires_grad_() for x in (r(b, d, l), .5*r(b, d, l), A, r(b, n, l), r(b, n, l), torch.ones(d), torch.full((d,), -4.6))]
+def lengths(shape, mode, rounds):
+    "t(2L)/t(L) of what must be linear"
+    chosen = {k: m for k, m in methods().items() if k == 'chunked' or k in builds()}
+    b, d, l = shape
+    ms = interleaved({(k, n): prepared(m, (b, d, n), mode) for k, m in chosen.items() for n in (l, 2*l)}, rounds)
+    return {k: ms[k, 2*l]['median']/ms[k, l]['median'] for k in chosen}
 
-def peer_inputs(x):
-    "The same in mambapy's order of axes, batch, length, channels, so that no transposition is charged to it"
-    u, delta, A, B, C, D, bias = x
-    turned = [t.detach().mT.contiguous().requires_grad_() for t in (u, delta, B, C)]
-    return [turned[0], turned[1], A, turned[2], turned[3], D, bias]
+def memory(shape, mode, name, gate, threads):
+    "Bytes that one call takes at its highest"
+    torch.set_num_threads(threads)
+    method = methods()[name]
+    for _ in range(2): prepared(method, (1, 4, 40), mode, gate)()
+    return growth(prepared(method, shape, mode, gate))
 
-def peer(u, delta, A, B, C, D, bias):
-    "Selective scan on mambapy's parallel scan"
-    delta = F.softplus(delta+bias)
-    decay = torch.exp(delta[..., None]*A)
-    h = mambapy.pscan.pscan(decay, (delta*u)[..., None]*B[:, :, None])
-    return (h @ C[..., None]).squeeze(-1)+D*u
+def speeds(threads):
+    "What the limits are computed from"
+    torch.set_num_threads(threads)
+    return dict(bytes_per_second=copy_speed(), multiply_adds_per_second=multiply_speed(), threads=threads)
 
-def ours(backend):
-    def run(u, delta, A, B, C, D, bias): return selective_scan(u, delta, A, B, C, D, None, bias, True, backend=backend)
-    return run
+CHILDREN = dict(times=times, lengths=lengths, speeds=speeds)
 
-def methods():
-    "Name -> (function, what turns the common inputs into its own)"
-    mine = {name: (ours(name), list) for name, state in backends().items() if state.available}
-    return dict(mambapy=(peer, peer_inputs), **mine)
+# ---------------------------------------------------------------- limits and bars
+def moved(shape, mode):
+    "Bytes that must come from memory and go there"
+    b, d, l = shape
+    forward, backward = 3*b*d*l+2*b*STATES*l, 5*b*d*l+4*b*STATES*l
+    return 4*(forward if mode == 'forward' else forward+backward)
 
-def runs(name, shape, mode): return not (name == 'reference' and mode == 'both' and shape[2] > GRAPH_LIMIT)
+def multiplications(shape, mode, build):
+    "Multiplications of single numbers that the recurrence needs"
+    b, d, l = shape
+    per_state, per_step = MULTIPLIES.get(build, MULTIPLIES['other'])[mode]
+    return b*d*l*(per_state*STATES+per_step)
 
-def call(function, x, mode):
-    "One forward, or one forward and backward"
-    if mode == 'forward':
-        with torch.no_grad(): return function(*x)
-    y = function(*x)
-    return torch.autograd.grad(y, x, torch.ones_like(y))
+def limit(shape, mode, build, speed, widest):
+    "Milliseconds that a build cannot beat: by bytes, by instructions, and the larger"
+    by_bytes = 1e3*moved(shape, mode)/speed['bytes_per_second']
+    by_instructions = 1e3*multiplications(shape, mode, build)/(speed['multiply_adds_per_second']*LANES[build]/widest)
+    return dict(bytes=by_bytes, instructions=by_instructions, ms=max(by_bytes, by_instructions))
 
-# ---------------------------------------------------------------- time
-def times(shape, mode, repeats):
-    "Milliseconds of every method, taken in turns"
-    made = {k: (f, turn(inputs(shape))) for k, (f, turn) in methods().items() if runs(k, shape, mode)}
-    taken = {k: [] for k in made}
-    for i in range(repeats+1):
-        for k, (f, x) in made.items():
-            if k == 'reference' and i > 2: continue
-            start = time.perf_counter()
-            call(f, x, mode)
-            if i: taken[k].append(1e3*(time.perf_counter()-start))
-    return {k: dict(median=median(v), least=min(v), repeats=len(v)) for k, v in taken.items()}
+def limits(shape, mode, ms, speed):
+    "Limit of every build in `ms` and the fraction of it that is reached"
+    known = [k.split()[1] for k in ms if k.startswith('cpu ')]
+    widest = max((LANES[k] for k in known), default=1)
+    found = {k: limit(shape, mode, k, speed, widest) for k in known}
+    return {f'cpu {k}': dict(v, fraction=v['ms']/ms[f'cpu {k}']['median']) for k, v in found.items()}
 
-def agreement(shape):
-    "Largest difference of each method from mambapy, relative to the largest value"
-    wanted = call(peer, peer_inputs(inputs(shape)), 'forward').mT
-    fast = {k: f for k, (f, _) in methods().items() if k not in ('mambapy', 'reference')}
-    return {k: ((call(f, inputs(shape), 'forward')-wanted).abs().max()/wanted.abs().max()).item() for k, f in fast.items()}
+def multiples(shape, extra):
+    "Extra bytes of each method as multiples of bytes(y) = bytes(u)"
+    b, d, l = shape
+    return {k: None if v is None else v/(4*b*d*l) for k, v in extra.items()}
 
-# ---------------------------------------------------------------- memory
-def resident(key):
-    "A line of /proc/self/status in bytes: VmRSS now, VmHWM at its highest"
-    return next(int(w.split()[1])*1024 for w in Path('/proc/self/status').read_text().splitlines() if w.startswith(key))
+def speed_bars(name, row):
+    "Demands on the times of a row"
+    out, key = [], row['mode']
+    for method in row['ms']:
+        demand = SPEED.get(method.removeprefix('cpu '), {}).get(key, {})
+        if not demand: continue
+        out.append(bar(f'{method} times as fast as mambapy', row['faster_than_mambapy'].get(method), demand.get(name, demand['mambapy'])))
+        if 'reference' in demand and 'reference' in row['ms']:
+            out.append(bar(f'{method} times as fast as the reference', row['faster_than_reference'].get(method), demand['reference']))
+    return out
 
-def child_memory(name, shape, mode):
-    "In a process of its own: bytes the resident set grows by"
-    function, turn = methods()[name]
-    call(function, turn(inputs((1, 4, 40))), mode)
-    x = turn(inputs(shape))
-    Path('/proc/self/clear_refs').write_text('5')
-    before = resident('VmRSS')
-    kept = call(function, x, mode)
-    return resident('VmHWM')-before if kept is not None else 0
+def memory_bars(row):
+    "Demands on the memory of a row"
+    out, most = [], (row.get('extra_bytes') or {}).get('mambapy')
+    for gate, key in ((False, 'multiple_of_u'), (True, 'multiple_of_u_gated')):
+        at_most = MEMORY['both_gated' if gate and row['mode'] == 'both' else row['mode']]
+        found = {k: v for k, v in row.get(key, {}).items() if k.startswith('cpu ')}
+        out += [bar(f'{k} extra memory / bytes(u){" with z" if gate else ""}', v, at_most=at_most) for k, v in found.items()]
+    if most: out.append(bar('chunked memory / memory of mambapy', row['extra_bytes']['chunked']/most, at_most=MEMORY['chunked']))
+    return out
 
-def memory(name, shape, mode, threads):
-    "Bytes from such a process; None where the system cannot say"
-    if not Path('/proc/self/clear_refs').exists(): return None
-    command = [sys.executable, __file__, '--child', json.dumps([name, shape, mode]), '--threads', str(threads)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-# ---------------------------------------------------------------- the machine
-def cpu_model():
-    "Processor by name"
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((w.split(':')[1].strip() for w in lines if w.startswith('model name')), platform.processor())
-
-def cpu_seconds():
-    "CPU seconds all processes of this machine have used, and those of this one and its children; None where not known"
-    if not Path('/proc/stat').exists(): return None
-    ticks = [int(k) for k in Path('/proc/stat').read_text().split('\n')[0].split()[1:9]]
-    t = os.times()
-    return (sum(ticks)-ticks[3]-ticks[4])/os.sysconf('SC_CLK_TCK'), t.user+t.system+t.children_user+t.children_system
-
-class Others:
-    "How many cores other processes keep busy while this one runs"
-    def __init__(self): self.start, self.at = cpu_seconds(), time.perf_counter()
-    def cores(self):
-        if self.start is None: return None
-        everything, own = (b-a for a, b in zip(self.start, cpu_seconds(), strict=True))
-        return max(0., (everything-own)/max(time.perf_counter()-self.at, 1e-9))
+def bars(name, row):
+    "All demands of a row, each met or not"
+    linear = [bar(f'{k} t(2L)/t(L)', v, at_most=LINEAR) for k, v in row.get('twice_the_length', {}).items()]
+    return speed_bars(name, row)+memory_bars(row)+linear
 
 # ---------------------------------------------------------------- the run
-def measure(shape, mode, options):
-    "One row: times, ratios to mambapy, memory"
-    torch.set_num_threads(options.threads)
-    row = dict(shape=dict(zip('bdl', shape, strict=True), n=STATES), mode=mode, ms=times(shape, mode, options.repeats))
-    base = row['ms']['mambapy']['median']
-    row['faster_than_mambapy'] = {k: base/v['median'] for k, v in row['ms'].items() if k != 'mambapy'}
-    if not options.no_memory:
-        row['extra_bytes'] = {k: memory(k, shape, mode, options.threads) for k in row['ms'] if k != 'reference'}
-        most = row['extra_bytes']['mambapy']
-        if most: row['memory_of_mambapy'] = {k: v/most for k, v in row['extra_bytes'].items() if k != 'mambapy'}
-    return row
+def measured_memory(row, shape, mode, names, options):
+    "Add extra bytes to a row"
+    of = lambda name, gate: forked(memory, shape, mode, name, gate, options.threads)
+    row['extra_bytes'] = {k: of(k, False) for k in names if k != 'reference'}
+    row['multiple_of_u'] = multiples(shape, row['extra_bytes'])
+    row['multiple_of_u_gated'] = multiples(shape, {k: of(k, True) for k in names if k.startswith('cpu ')})
 
-def fresh(f, *args):
-    "What f returns in a process of its own: what was allocated for one shape must not speed up the next"
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(f, *args).result()
+def measure(name, shape, mode, speed, options):
+    "One row: times with both settings of the allocator, ratios, limits, memory, bars"
+    others = Others()
+    settings = {a: in_child(__file__, ['times', shape, mode, options.repeats], options.threads, a) for a in options.allocators.split(',')}
+    first = settings.pop('default')
+    row = dict(shape=dict(zip('bdl', shape, strict=True), n=STATES), mode=mode, **first,
+        faster_than_mambapy=ratios(first['ms'], 'mambapy'), faster_than_reference=ratios(first['ms'], 'reference'))
+    row['memory_kept'] = {k: dict(ms=v['ms'], faster_than_mambapy=ratios(v['ms'], 'mambapy'),
+        faster_than_reference=ratios(v['ms'], 'reference')) for k, v in settings.items()}.get('kept')
+    row['wrong'] = {k: 'not finite' if v is None else v for k, v in first['difference_from_mambapy'].items() if v is None or v > WRONG}
+    row['left_out'] = {k: why for k in methods() if (why := left_out(k, shape, mode))}
+    row['limit'] = limits(shape, mode, first['ms'], speed)
+    row['twice_the_length'] = in_child(__file__, ['lengths', shape, mode, options.repeats], options.threads)
+    if not options.no_memory: measured_memory(row, shape, mode, first['ms'], options)
+    if (name, mode) == ('S1', 'both'): row['stretch_5_ms'] = {k: v['median'] <= STRETCH for k, v in first['ms'].items()}
+    return dict(row, bars=bars(name, row), measured=others.report())
 
-def verdict(name, row):
-    "Whether the pure PyTorch scan reaches its bars on this row"
-    bar = BARS[row['mode']].get(name, BARS[row['mode']]['other'])
-    ok = row['faster_than_mambapy']['chunked'] >= bar and row.get('memory_of_mambapy', {}).get('chunked', 0) <= BARS['memory']
-    return dict(faster_at_least=bar, memory_at_most=BARS['memory'], reached=ok)
+def line(row, name):
+    "One method of a row as text"
+    ms, parts = row['ms'][name], [f'  {name:17s} {row["ms"][name]["median"]:9.2f} ms, least {row["ms"][name]["least"]:9.2f}']
+    if name in row['faster_than_mambapy']: parts.append(f'{row["faster_than_mambapy"][name]:7.2f}x mambapy')
+    if name in row['faster_than_reference']: parts.append(f'{row["faster_than_reference"][name]:7.2f}x reference')
+    if row['memory_kept']:
+        kept = row['memory_kept']
+        parts.append(f'memory kept {kept["ms"][name]["median"]:9.2f} ms'
+            +(f' {kept["faster_than_mambapy"][name]:7.2f}x' if name in kept['faster_than_mambapy'] else ' '*9))
+    if (m := row.get('multiple_of_u', {}).get(name)) is not None: parts.append(f'memory {m:6.2f} u')
+    if (m := row.get('multiple_of_u_gated', {}).get(name)) is not None: parts.append(f'with z {m:.2f} u')
+    if name in row['limit']: parts.append(f'{100*row["limit"][name]["fraction"]:.0f} % of the limit of {row["limit"][name]["ms"]:.2f} ms')
+    if name in row['wrong']: parts.append(f'WRONG: {row["wrong"][name]}')
+    return ', '.join(parts) if ms else ''
 
 def show(name, row):
-    "A row as one line of text"
-    parts = [f'{name:4s} {row["mode"]:8s}']
-    for k, v in row['ms'].items():
-        text = f'{k} {v["median"]:8.1f} ms (least {v["least"]:.1f})'
-        if k in row['faster_than_mambapy']: text += f' = {row["faster_than_mambapy"][k]:.1f}x mambapy'
-        if row.get('extra_bytes', {}).get(k): text += f', {row["extra_bytes"][k]/2**20:.0f} MiB'
-        parts.append(text)
-    print(' | '.join(parts), '| bars', 'reached' if row['bars']['reached'] else 'MISSED', flush=True)
+    "A row as text"
+    print(f'{name} {row["mode"]} {row["shape"]}, n: medians; ratios with the default allocator, then with memory kept')
+    for k in row['ms']: print(line(row, k))
+    for k, why in row['left_out'].items(): print(f'  {k:17s} left out: {why}')
+    for b in row['bars']: print(f'  bar: {told(b)}')
+    print(flush=True)
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--shapes', default=','.join(SHAPES), help='which of '+', '.join(SHAPES))
-    p.add_argument('--repeats', type=int, default=5)
-    p.add_argument('--threads', type=int, default=min(2, os.cpu_count()))
+    p.add_argument('--shapes', help='which of '+', '.join(SHAPES))
+    p.add_argument('--modes', default=','.join(MODES))
+    p.add_argument('--repeats', type=int, default=5, help='rounds; the slowest methods get two')
+    p.add_argument('--threads', type=int, default=min(2, n_cores()))
+    p.add_argument('--allocators', default=','.join(ALLOCATORS), help='default must be among them')
     p.add_argument('--no-memory', action='store_true', help='leave out the memory figures')
-    p.add_argument('--refuse-busy', action='store_true', help=f'do not start when the load average is above {LIMIT}')
-    p.add_argument('--output', type=Path, default=HERE/'results'/'scan.json')
+    p.add_argument('--smoke', action='store_true', help='tiny shapes: whether everything runs')
+    p.add_argument('--output', type=Path, default=RESULTS/'scan.json')
     p.add_argument('--child', help=argparse.SUPPRESS)
     return p.parse_args()
 
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
-    if options.child: return print(child_memory(*json.loads(options.child)))
-    load, others = os.getloadavg(), Others()
-    if options.refuse_busy and load[0] > LIMIT: sys.exit(f'load average {load[0]:.2f} > {LIMIT}: not measured. Try again when idle.')
+    if options.child:
+        job, *rest = json.loads(options.child)
+        return print(json.dumps(CHILDREN[job](*rest)))
+    head, shapes = described(), SMOKE if options.smoke else SHAPES
+    speed = in_child(__file__, ['speeds', options.threads], options.threads)
     rows = {}
-    for name in options.shapes.split(','):
-        for mode in ('forward', 'both'):
-            row = rows[f'{name} {mode}'] = fresh(measure, SHAPES[name], mode, options)
-            row['bars'] = verdict(name, row)
+    for name in (options.shapes or ','.join(shapes)).split(','):
+        for mode in options.modes.split(','):
+            row = rows[f'{name} {mode}'] = measure(name, shapes[name], mode, speed, options)
             show(name, row)
-    cores = others.cores()
-    busy = load[0] > LIMIT or (cores or 0) > LIMIT
-    result = dict(rows=rows, difference_from_mambapy=agreement(SHAPES['S3']), bars_reached=all(r['bars']['reached'] for r in rows.values()),
-        busy=busy, load_average_before=load, other_processes_cores=cores, cpu=cpu_model(), cores=os.cpu_count(), threads=options.threads,
-        waiting={k: os.environ.get(k, 'not set') for k in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')},
-        versions={**versions(), 'mambapy': version('mambapy')}, command=' '.join(['python', 'bench/scan.py', *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec='seconds'), memory_method=' '.join(__doc__.split('Memory: ')[1].split()))
-    write_json(options.output, result)
-    print(f'largest difference from mambapy: {result["difference_from_mambapy"]}')
-    if busy: print(f'BUSY: load average {load[0]:.2f} before, other processes used {cores or 0:.2f} cores: ratios may be off')
-    print(f'all bars reached: {result["bars_reached"]}; written to {options.output}')
+            stored(options.output, dict(head, peers=peers('mambapy')), rows, what=' '.join(__doc__.split()), speeds=speed)
+    missed = [f'{k}: {told(b)}' for k, r in rows.items() for b in r['bars'] if not b['reached']]
+    print(f'{len(missed)} bars missed; written to {options.output.name}')
+    if any(r['measured']['busy'] for r in rows.values()): print(f'BUSY: other processes used more than {BUSY} cores: ratios may be off')
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': sys.exit(main())

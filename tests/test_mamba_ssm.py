@@ -2,6 +2,7 @@
 
 The demands are those of csrc/selective_scan/selective_scan.cpp of state-spaces/mamba: dtypes, last axes, groups, shapes.
 """
+import sys
 import types
 
 import pytest
@@ -81,7 +82,7 @@ def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, r
 @pytest.fixture
 def official(monkeypatch):
     "The stand-in, importable under the operator's name"
-    monkeypatch.setitem(__import__('sys').modules, 'selective_scan_cuda', types.SimpleNamespace(fwd=fwd, bwd=bwd))
+    monkeypatch.setitem(sys.modules, 'selective_scan_cuda', types.SimpleNamespace(fwd=fwd, bwd=bwd))
 
 def case_inputs(name, **kwargs):
     *sizes, dtype, softplus = CASES[name]
@@ -94,7 +95,9 @@ def compared(x, softplus, gy, gl):
     assert room.shape == borders.shape and room.dtype == borders.dtype and y.dtype == x.u.dtype and last.dtype == torch.float32
     grads = mamba_ssm_backward(gy, gl, x, borders, softplus)
     exact_y, exact_last, exact = triton_cases.wanted(x, gy, torch.zeros_like(last) if gl is None else gl, softplus)
-    for g, k in zip(grads, x, strict=True): assert (g is None) == (k is None) and (k is None or (g.shape == k.shape and g.dtype == k.dtype))
+    for g, k in zip(grads, x, strict=True):
+        assert (g is None) == (k is None)
+        assert k is None or (g.shape == k.shape and g.dtype == k.dtype and g.is_contiguous())
     pairs = [(g, w) for g, w in zip(grads, exact, strict=True) if g is not None]
     return triton_cases.off(y, exact_y), triton_cases.off(last, exact_last), max(triton_cases.off(*p) for p in pairs)
 
@@ -116,6 +119,11 @@ def test_three_dimensional_weights_and_mixed_dtypes(official):
     y, last, grads = compared(half, True, x.u.bfloat16(), torch.ones(2, 3, 5))
     assert y < 2e-2 and last < 1e-5 and grads < 2e-2
 
+def test_a_wide_weight_beside_narrow_sequences_is_not_rounded(official):
+    x, _ = case_inputs('everything')
+    half = x._replace(u=x.u.bfloat16(), delta=x.delta.bfloat16(), z=x.z.bfloat16())
+    assert compared(half, True, x.u.bfloat16(), None)[1] < 1e-5
+
 def test_a_zero_gradient_of_the_last_state_costs_nothing(official, monkeypatch):
     from i2i_mamba_nb.ssm import gpu_kernels
     monkeypatch.setattr(gpu_kernels, 'chunked_backward', None)
@@ -132,11 +140,10 @@ def test_what_it_does_not_take_is_named(official):
 
 def test_another_version_is_refused(official, monkeypatch):
     other = types.SimpleNamespace(fwd=lambda *a: [a[0], torch.zeros(2, 3, 9, 10)], bwd=bwd)
-    monkeypatch.setitem(__import__('sys').modules, 'selective_scan_cuda', other)
+    monkeypatch.setitem(sys.modules, 'selective_scan_cuda', other)
     with pytest.raises(BackendError, match='not known here'): mamba_ssm_forward(case_inputs('plain')[0], True)
 
 def test_availability_says_why(monkeypatch, tmp_path):
-    import sys
     if 'selective_scan_cuda' not in sys.modules and not torch.cuda.is_available():
         assert mamba_ssm_available() == (False, "mamba-ssm's compiled module selective_scan_cuda is not installed")
     (tmp_path/'selective_scan_cuda.py').write_text('raise ImportError("undefined symbol: _ZN3c10")')

@@ -427,4 +427,4 @@ def test_the_operator_keeps_torchs_contract(l, some, dtype):
     r = lambda *s: torch.randn(*s, generator=g).to(dtype).requires_grad_()
     optional = (r(4), r(2, 4, l), r(4), r(2, 4, 3)) if some else (None,)*4
     x = (r(2, 4, l), r(2, 4, l), (-torch.rand(4, 3, generator=g)).to(dtype).requires_grad_(), r(2, 2, 3, l), r(4, 3), *optional)
-    torch.library.opcheck(torch.ops.i2i_mamba_nb.scan.default, (*x, True, 0, 0))
+    torch.library.opcheck(torch.ops.i2i_mamba_nb.scan.default, (*x, True, 'auto', True))

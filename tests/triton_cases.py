@@ -74,7 +74,9 @@ def errors(case, strided=False):
     y, last, grads = run(case, x, gy, gl)
     assert all(k is None or torch.equal(k, v) for k, v in zip(x, before, strict=True)), 'an input was changed'
     assert y.shape == x.u.shape and y.dtype == x.u.dtype and last.dtype == torch.float32 and y.is_contiguous() and last.is_contiguous()
-    for k, v in zip(grads, x, strict=True): assert (k is None) == (v is None) and (v is None or (k.shape == v.shape and k.dtype == v.dtype))
+    for k, v in zip(grads, x, strict=True):
+        assert (k is None) == (v is None)
+        assert v is None or (k.shape == v.shape and k.dtype == v.dtype and k.is_contiguous())
     exact_y, exact_last, exact = wanted(x, gy, gl, case[10])
     names = [k for k, v in zip(ScanInputs._fields, x, strict=True) if v is not None]
     pairs = [(k, v) for k, v in zip(grads, exact, strict=True) if k is not None]

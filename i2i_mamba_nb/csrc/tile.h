@@ -13,17 +13,24 @@ INLINE int bytes_of(const View& v) { return v.dtype == FLOAT32 ? 4 : 2; }
 
 // ---- W neighbouring elements; `n` of them exist, the rest reads as zero and is not written
 typedef uint16_t Halves __attribute__((vector_size(W*2)));
-typedef _Float16 Float16s __attribute__((vector_size(W*2)));
 typedef uint32_t VU __attribute__((vector_size(W*4)));
 
 INLINE V widen(Halves h, int64_t dtype) {
-  if (dtype == BFLOAT16) return (V)(__builtin_convertvector(h, VU) << 16);
-  return __builtin_convertvector((Float16s)h, V);
+  const VU x = __builtin_convertvector(h, VU);
+  if (dtype == BFLOAT16) return (V)(x << 16);
+  const VU size = x & 0x7fff, value = (VU)((V)(size << 13)*0x1p112f);      // moves the exponent; right below the normal range too
+  return (V)((size >= 0x7c00 ? (size << 13) | 0x7f800000 : value) | (x & 0x8000) << 16);
 }
-INLINE Halves narrow(V x, int64_t dtype) {
-  if (dtype == FLOAT16) return (Halves)__builtin_convertvector(x, Float16s);
-  VU bits = (VU)x, even = bits + 0x7fff + ((bits >> 16) & 1);       // to nearest, ties to even
-  return __builtin_convertvector((x == x ? even : bits | 0x400000) >> 16, Halves);
+INLINE Halves narrow(V v, int64_t dtype) {          // to nearest, ties to even
+  const VU x = (VU)v, size = x & 0x7fffffff;
+  VU out;
+  if (dtype == BFLOAT16) out = (size > 0x7f800000 ? x | 0x400000 : x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  else {
+    const VU normal = (size + 0xfff + ((size >> 13) & 1) - 0x38000000) >> 13, small = (VU)((V)size + .5f) - 0x3f000000;
+    out = size < 0x38800000 ? small : size < 0x47800000 ? normal : size > 0x7f800000 ? (VU{} + 0x7e00) : (VU{} + 0x7c00);
+    out |= x >> 16 & 0x8000;
+  }
+  return __builtin_convertvector(out, Halves);
 }
 INLINE V read_row(const char* p, int64_t dtype, int n) {
   if (dtype == FLOAT32) {
@@ -60,10 +67,10 @@ INLINE bool whole_tile(const View& v, const Steps& s, int n_channels) {
 static void read_tile(const View& v, const char* base, const Steps& s, int n_channels, V* out) {
   const int size = bytes_of(v);
   if (v.channel == 1) {
-    if (whole_tile(v, s, n_channels) && !s.order) {
-      const float* p = (const float*)base + s.first*v.step;
+    if (whole_tile(v, s, n_channels)) {
+      const float* p = (const float*)base;
       #pragma GCC unroll 16
-      for (int t = 0; t < TILE; t++) out[t] = load(p + t*v.step);
+      for (int t = 0; t < TILE; t++) out[t] = load(p + place(s, t)*v.step);
       return;
     }
     for (int t = 0; t < s.count; t++) out[t] = read_row(base + place(s, t)*v.step*size, v.dtype, n_channels);
@@ -91,10 +98,10 @@ static void read_tile(const View& v, const char* base, const Steps& s, int n_cha
 static void write_tile(const View& v, char* base, const Steps& s, int n_channels, V* in, bool add) {
   const int size = bytes_of(v);
   if (v.channel == 1) {
-    if (whole_tile(v, s, n_channels) && !s.order && !add) {
-      float* p = (float*)base + s.first*v.step;
+    if (whole_tile(v, s, n_channels)) {
+      float* p = (float*)base;
       #pragma GCC unroll 16
-      for (int t = 0; t < TILE; t++) store(p + t*v.step, in[t]);
+      for (int t = 0; t < TILE; t++) { float* q = p + place(s, t)*v.step; store(q, add ? in[t] + load(q) : in[t]); }
       return;
     }
     for (int t = 0; t < s.count; t++) {

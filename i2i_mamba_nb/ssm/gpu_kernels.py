@@ -143,7 +143,13 @@ def plan_programs(
     warps = min(8, max(1, steps*block*states//512, steps*block//128))
     return Plan(sizes, How(steps, states, block, softplus, x.B.ndim == 4, x.C.ndim == 4), blocks, warps)
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #b29f3a5a
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #2c100fe6
+@jit
+def _batch(s): return (tl.program_id(0)//s.parts).to(tl.int64)
+
+@jit
+def _part(s): return tl.program_id(0) % s.parts
+
 @jit
 def _get(x, at, there): return tl.load(x+at, mask=there, other=0.).to(tl.float32)
 
@@ -154,11 +160,11 @@ def _channels(s, how: constexpr):
     c = (tl.program_id(1) % per)*how.block+tl.arange(0, how.block)
     return tl.program_id(1)//per, tl.program_id(1)//per*s.c+c, c < s.c
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #4586362a
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #dc251c43
 @jit
 def _sequence(s, place, t):
     "(b d l) as [step, channel]"
-    row = tl.program_id(2).to(tl.int64)*s.d+place[1]
+    row = _batch(s)*s.d+place[1]
     return row[None, :]*s.l+t[:, None], place[2][None, :] & (t < s.l)[:, None]
 
 # %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #80187611
@@ -175,28 +181,28 @@ def _matrix(s, row, place, how: constexpr):
     n = tl.arange(0, how.states)
     return (row*s.d+place[1])[None, :]*s.n+n[:, None], place[2][None, :] & (n < s.n)[:, None]
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #becbbab9
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #04e47357
 @jit
 def _weights(s, place, t, how: constexpr):
     "(b g n l) as [step, state]"
     n = tl.arange(0, how.states)
-    row = (tl.program_id(2).to(tl.int64)*s.g+place[0])*s.n+n
+    row = (_batch(s)*s.g+place[0])*s.n+n
     return row[None, :]*s.l+t[:, None], (n < s.n)[None, :] & (t < s.l)[:, None]
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #460741aa
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #6c2836cc
 @jit
 def _rates(x, s, place, how: constexpr):
-    at, there = _matrix(s, tl.program_id(2)*0, place, how)
+    at, there = _matrix(s, _batch(s)*0, place, how)
     return _get(x.A, at, there)*1.4426950408889634
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #48d7f62c
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #415cb059
 @jit
 def _weight(w, s, place, t, varies: constexpr, how: constexpr):
     if varies:
         at, there = _weights(s, place, t, how)
         out = _get(w, at, there)[:, :, None]
     else:
-        at, there = _matrix(s, tl.program_id(2)*0, place, how)
+        at, there = _matrix(s, _batch(s)*0, place, how)
         out = _get(w, at, there)[None]
     return out
 
@@ -238,7 +244,7 @@ def _reach_backward(x, grad, s, place, t, how: constexpr):
     entering = _gated(x, _get(grad, at, there), at, there)[:, None, :]*_weight(x.C, s, place, t, how.C_varies, how)
     return tl.sum(dt, 0), tl.cumsum(dt, 0), entering
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #94ef4860
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #af586383
 @jit
 def chunk_ends(x, grad, ends, sums, s, how: constexpr):
     "Pass 1: where each chunk ends when it starts from zero, and the sum of its steps"
@@ -246,13 +252,13 @@ def chunk_ends(x, grad, ends, sums, s, how: constexpr):
     A = _rates(x, s, place, how)
     end, total = tl.zeros(A.shape, tl.float32), tl.zeros(place[1].shape, tl.float32)
     for i in range(s.reach):
-        first = (tl.program_id(0)*s.reach+(s.reach-1-i if how.reverse else i))*how.steps
+        first = (_part(s)*s.reach+(s.reach-1-i if how.reverse else i))*how.steps
         t = first+tl.arange(0, how.steps)
         if how.reverse: size, reach, force = _reach_backward(x, grad, s, place, t, how)
         else: size, reach, force = _reach_forward(x, s, place, t, first, how)
         end = tl.exp2(A*size[None])*end+tl.sum(tl.exp2(A[None]*reach[:, None, :])*force, 0)
         total += size
-    row = tl.program_id(2).to(tl.int64)*s.parts+tl.program_id(0)
+    row = _batch(s)*s.parts+_part(s)
     at, there = _state(s, row, place, how)
     tl.store(ends+at, end, mask=there)
     tl.store(sums+row*s.d+place[1], total, mask=place[2])
@@ -261,11 +267,11 @@ def chunk_ends(x, grad, ends, sums, s, how: constexpr):
 @jit
 def _compose(a, x, b, y): return a*b, b*x+y
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #ac517fd8
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #9368e3e9
 @jit
 def carry(x, first, ends, sums, out, s, how: constexpr):
     "Pass 2: states (or gradients) at all chunk borders, (b parts+1 n d)"
-    row, b = tl.program_id(0)*how.block+tl.arange(0, how.block), tl.program_id(2).to(tl.int64)
+    row, b = tl.program_id(1)*how.block+tl.arange(0, how.block), tl.program_id(0).to(tl.int64)
     ok, channel, n = row < s.n*s.d, row % s.d, row//s.d
     A = _get(x.A, channel*s.n+n, ok)*1.4426950408889634
     h = tl.zeros(row.shape, tl.float32)
@@ -304,16 +310,16 @@ def _direct(x, out, u, place):
     if x.D is not None: out += _get(x.D, place[1], place[2])[None, :]*u
     return out
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #523d356b
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #ced2fefc
 @jit
 def chunk_outputs(x, y, starts, borders, last, s, how: constexpr):
     "Pass 3: outputs of each chunk from its true start; keeps the state before every tile"
     place = _channels(s, how)
-    A, step, b = _rates(x, s, place, how), tl.arange(0, how.steps), tl.program_id(2).to(tl.int64)
-    kat, kthere = _state(s, b*(s.parts+1)+tl.program_id(0), place, how)
+    A, step, b = _rates(x, s, place, how), tl.arange(0, how.steps), _batch(s)
+    kat, kthere = _state(s, b*(s.parts+1)+_part(s), place, how)
     h = _get(starts, kat, kthere)
     for i in range(s.reach):
-        tile = tl.program_id(0)*s.reach+i
+        tile = _part(s)*s.reach+i
         bat, bthere = _state(s, b*s.tiles+tile, place, how)
         tl.store(borders+bat, h, mask=bthere & (tile < s.tiles))
         at, there = _sequence(s, place, tile*how.steps+step)
@@ -325,7 +331,7 @@ def chunk_outputs(x, y, starts, borders, last, s, how: constexpr):
         tl.store(y+at, _gated(x, _direct(x, out, u, place), at, there), mask=there)
         h = _at_step(states, step, how.steps-1)
     lat, lthere = _matrix(s, b, place, how)
-    tl.store(last+lat, h, mask=lthere & (tl.program_id(0) == s.parts-1))
+    tl.store(last+lat, h, mask=lthere & (_part(s) == s.parts-1))
 
 # %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #368c82fc
 def triton_available() -> tuple[bool, str]:
@@ -335,15 +341,15 @@ def triton_available() -> tuple[bool, str]:
     if not torch.cuda.is_available(): return False, 'torch sees no CUDA device'
     return True, 'Triton kernels, chunk-parallel over the length'
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #656d4f52
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #9e5046d9
 def triton_takes(
     inputs: ScanInputs,     # checked tensors
 ) -> str | None:            # None, or why not
     "Whether the Triton kernels can run on these inputs"
-    b, d, n = len(inputs.u), *inputs.A.shape
+    d, n = inputs.A.shape
     if scan_dtype(inputs) == torch.float64: return 'float64, which they would round to float32'
     if n > MOST_STATES: return f'{n} states per channel, more than {MOST_STATES}'
-    if max(b, d) > 65535: return f'batch {b}, {d} channels, more than a grid has room for (65535)'
+    if d > 65535: return f'{d} channels, more than a grid has room for (65535)'
     if not inputs.u.is_cuda and not (triton and triton.knobs.runtime.interpret): return f'tensors on {inputs.u.device}'
 
 # %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #4652c94d
@@ -356,7 +362,7 @@ def _packed(inputs):
 
 def _device(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #8a45a3f2
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #6804d44a
 def _carried(x, plan, first, grad=None):
     "Passes 1 and 2: (b parts+1 n d) states before each chunk, or gradients after each if `grad` is given"
     s, how = plan.sizes, plan.how._replace(reverse=grad is not None)
@@ -365,9 +371,9 @@ def _carried(x, plan, first, grad=None):
         if first is not None: out[:, int(how.reverse)] = first.mT
         return out
     ends, sums = torch.empty_like(out[:, 1:]), out.new_empty(s.b, s.parts, s.d)
-    chunk_ends[s.parts, plan.blocks, s.b](x, grad, ends, sums, s, how, num_warps=plan.warps)
+    chunk_ends[s.parts*s.b, plan.blocks](x, grad, ends, sums, s, how, num_warps=plan.warps)
     rows = min(128, next_power(s.n*s.d))
-    carry[math.ceil(s.n*s.d/rows), 1, s.b](x, first, ends, sums, out, s, how._replace(steps=min(16, next_power(s.parts)), block=rows),
+    carry[s.b, math.ceil(s.n*s.d/rows)](x, first, ends, sums, out, s, how._replace(steps=min(16, next_power(s.parts)), block=rows),
         num_warps=min(4, max(1, rows//32)))
     return out
 
@@ -379,7 +385,7 @@ def triton_empty_borders(
     b, d, l = inputs.u.shape
     return inputs.u.new_empty(b, (l+STEPS-1)//STEPS, inputs.A.shape[1], d, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #8bab1362
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #a49b936a
 @torch.no_grad()
 def triton_forward(
     inputs: ScanInputs,     # checked tensors, B and C with equal groups
@@ -396,7 +402,7 @@ def triton_forward(
     borders = last.new_empty(s.b, s.tiles, s.n, s.d)
     with _device(x.u):
         starts = _carried(x, plan, x.initial_state)
-        chunk_outputs[s.parts, plan.blocks, s.b](x, y, starts, borders, last, s, plan.how, num_warps=plan.warps)
+        chunk_outputs[s.parts*s.b, plan.blocks](x, y, starts, borders, last, s, plan.how, num_warps=plan.warps)
     return y, last, borders
 
 # %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #cdc94fe4
@@ -433,38 +439,38 @@ def _weight_back(grad, value, kept, s, place, t, varies: constexpr, how: constex
     else: kept += tl.sum(value, 0)
     return kept
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #d63a6223
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #df181d54
 @jit
 def _store_kept(grads, of_A, of_B, of_C, s, place, how: constexpr):
     "Write what was summed over this program's steps: (b parts n d)"
-    at, there = _state(s, tl.program_id(2).to(tl.int64)*s.parts+tl.program_id(0), place, how)
+    at, there = _state(s, _batch(s)*s.parts+_part(s), place, how)
     tl.store(grads.A+at, of_A, mask=there)
     if not how.B_varies: tl.store(grads.B+at, of_B, mask=there)
     if not how.C_varies: tl.store(grads.C+at, of_C, mask=there)
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #e66e9fd6
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #50d6648e
 @jit
 def _store_rows(grads, of_D, of_bias, r, s, place, how: constexpr):
     "Write sums per channel (b parts d) and, from the first chunk, the gradient of the initial state"
-    row = (tl.program_id(2).to(tl.int64)*s.parts+tl.program_id(0))*s.d+place[1]
+    row = (_batch(s)*s.parts+_part(s))*s.d+place[1]
     if grads.D is not None: tl.store(grads.D+row, of_D, mask=place[2])
     if grads.delta_bias is not None: tl.store(grads.delta_bias+row, of_bias, mask=place[2])
     if grads.initial_state is not None:
-        at, there = _matrix(s, tl.program_id(2).to(tl.int64), place, how)
-        tl.store(grads.initial_state+at, r, mask=there & (tl.program_id(0) == 0))
+        at, there = _matrix(s, _batch(s), place, how)
+        tl.store(grads.initial_state+at, r, mask=there & (_part(s) == 0))
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #96a225a6
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #c2ec1b9a
 @jit
 def chunk_gradients(x, grad, borders, after, grads, s, how: constexpr):
     "Pass 3 backward: all gradients of each chunk, from the gradient that arrives at its end"
     place = _channels(s, how)
-    A, step, b = _rates(x, s, place, how), tl.arange(0, how.steps), tl.program_id(2).to(tl.int64)
-    kat, kthere = _state(s, b*(s.parts+1)+tl.program_id(0)+1, place, how)
+    A, step, b = _rates(x, s, place, how), tl.arange(0, how.steps), _batch(s)
+    kat, kthere = _state(s, b*(s.parts+1)+_part(s)+1, place, how)
     r = _get(after, kat, kthere)
     of_A, of_B, of_C = tl.zeros(A.shape, tl.float32), tl.zeros(A.shape, tl.float32), tl.zeros(A.shape, tl.float32)
     of_D, of_bias = tl.zeros(place[1].shape, tl.float32), tl.zeros(place[1].shape, tl.float32)
     for i in range(s.reach):
-        tile = tl.program_id(0)*s.reach+s.reach-1-i
+        tile = _part(s)*s.reach+s.reach-1-i
         t = tile*how.steps+step
         bat, bthere = _state(s, b*s.tiles+tile, place, how)
         at, there = _sequence(s, place, t)
@@ -498,16 +504,16 @@ def _grad_room(x, plan):
     return ScanInputs(torch.empty_like(x.u), torch.empty_like(x.delta), new(s.b, s.parts, s.n, s.d), weight(x.B), weight(x.C),
         row(x.D), z, row(x.delta_bias), h)
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #a53ccf6f
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #d3916c1e
 def _grad_sum(grad, x):
     "Partial sums added up, in the shape and dtype of the input"
     if x is None: return None
     if x.ndim == 2: grad = grad.sum((0, 1)).mT
     elif grad.ndim == 5: grad = grad.sum(0)
     elif x.ndim == 1: grad = grad.sum((0, 1))
-    return grad.reshape(x.shape).to(x.dtype, memory_format=torch.contiguous_format)
+    return grad.reshape(x.shape).to(x.dtype).contiguous()
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #243e914c
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #e737d4cf
 @torch.no_grad()
 def triton_backward(
     grad_y: Float[Tensor, "b d l"],     # gradient of y
@@ -525,7 +531,7 @@ def triton_backward(
     s, grads = plan.sizes, _grad_room(x, plan)
     with _device(x.u):
         after = _carried(x, plan, None if grad_last is None else grad_last.contiguous(), grad_y)
-        chunk_gradients[s.parts, plan.blocks, s.b](x, grad_y, borders, after, grads, s, plan.how, num_warps=plan.warps)
+        chunk_gradients[s.parts*s.b, plan.blocks](x, grad_y, borders, after, grads, s, plan.how, num_warps=plan.warps)
     return [_grad_sum(g, k) for g, k in zip(grads, inputs, strict=True)]
 
 # %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #96d6673a
@@ -667,7 +673,7 @@ def mamba_ssm_forward(
     y = gated[0] if gated else out
     return y.to(inputs.u.dtype).contiguous(), states[:, :, -1, 1::2].float().contiguous(), _bytes(states, *([out] if gated else []))
 
-# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #a34c8059
+# %% ../../nbs/1_ssm/13_gpu_kernels.ipynb #69f27083
 @torch.no_grad()
 def mamba_ssm_backward(
     grad_y: Float[Tensor, "b d l"],     # gradient of y
@@ -684,7 +690,7 @@ def mamba_ssm_backward(
     found = import_module('selective_scan_cuda').bwd(*x[:8], grad_y.to(x.u.dtype).contiguous(), states, out, None, softplus, False)
     du, ddelta, dA, dB, dC, dD, dbias, *dz = found
     grads = ScanInputs(du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, dbias)
-    grads = [None if k is None else g.reshape(k.shape).to(k.dtype) for g, k in zip(grads, inputs, strict=True)]
+    grads = [None if k is None else g.reshape(k.shape).to(k.dtype).contiguous() for g, k in zip(grads, inputs, strict=True)]
     if grad_last is None or not grad_last.any(): return grads
     part = _from_last(grad_last, inputs, softplus)
     return [None if g is None else g+p for g, p in zip(grads, part, strict=True)]

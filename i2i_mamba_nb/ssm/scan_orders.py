@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'SPACE', 'DIRECTIONS', 'ORDERED', 'check_size', 'rows_colum
            'cross_merge', 'check_ordered', 'ordered_op', 'ordered_backward_op', 'ordered_scan', 'skip_orders',
            'Locality', 'locality']
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #ea540689
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #a7009a62
 import functools
 import itertools
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import ConfigError, ShapeError, check_choice
 from .cpu_kernel import OrderedInputs, kernel, ordered_backward, ordered_border_size, ordered_forward
-from .dispatch import check_backend, selective_scan
+from .dispatch import check_backend, constant, selective_scan
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #d9098c4e
 def check_size(
@@ -364,8 +364,9 @@ def _(*args):
     size = ordered_border_size(inputs, kernel().width, kernel().chunk) if keep else 0
     return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(size, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #48f65b77
-@torch.library.custom_op(f'{SPACE}::ordered_scan_backward', mutates_args=(), schema=f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]')
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #d16f4d72
+@torch.library.custom_op(f'{SPACE}::ordered_scan_backward', mutates_args=(),
+    schema=f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]')
 def ordered_backward_op(grad_y, borders, *args):
     "Backward of the compiled ordered scan as an operator of torch: the gradients of the inputs that are there"
     grads = ordered_backward(grad_y, OrderedInputs(*args[:8]), borders, args[8])
@@ -388,8 +389,8 @@ def _ordered_gradients(ctx, grad_y, _):
 
 ordered_op.register_autograd(_ordered_gradients, setup_context=_keep_ordered)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #bf6493d3
-@torch.compiler.assume_constant_result
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #36ac3c06
+@constant
 def _walks_in_place(backend, device, wide): return backend in ('auto', 'cpu') and device == 'cpu' and not wide and kernel() is not None
 
 def _gathered(x, softplus, backend):
@@ -399,7 +400,7 @@ def _gathered(x, softplus, backend):
     y = selective_scan(v, delta.flatten(1, 2), x.A, B, C, x.D, None, x.delta_bias, softplus, backend=backend)
     return scatter_paths(y.unflatten(1, (len(x.order), -1)), x.order, x.u.shape[1]).mT
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #6b42ea6f
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #50b979da
 def ordered_scan(
     u: Float[Tensor, "b l c"],          # pixels, channels last, shared by k directions
     delta: Float[Tensor, "b k l c"],    # raw step sizes
@@ -413,12 +414,13 @@ def ordered_scan(
     order: Int[Tensor, "k m"],          # pixels each direction visits, each at most once; -1 behind the end of a shorter one
     backend: str = 'auto',              # 'auto' or a name out of `backends()`
 ) -> Float[Tensor, "b l c"]:
-    "Selective scans along several paths of an image, summed at each pixel (VMamba's cross-scan and merge). Raises ShapeError, ConfigError, BackendError"
+    "Selective scans along several paths of an image, summed (VMamba's cross-scan and merge). Raises ShapeError, ConfigError, BackendError"
     inputs = OrderedInputs(u, delta, A, B, C, D, delta_bias, order)
     check_ordered(inputs)
     check_backend(backend)
     tensors = [x for x in inputs[:7] if x is not None]
-    if not _walks_in_place(backend, u.device.type, any(x.dtype == torch.float64 for x in tensors)): return _gathered(inputs, delta_softplus, backend)
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    if not _walks_in_place(backend, u.device.type, wide): return _gathered(inputs, delta_softplus, backend)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return ordered_op(*inputs, delta_softplus, keep)[0]
 
