@@ -330,7 +330,7 @@ def show_curves(
     ax.legend(fontsize=8), ax.grid(alpha=.3)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #341bad26
+# %% ../nbs/0_start/01_core.ipynb #4ed266ff
 GLOSSARY = {
     'source': 'an image that is at hand and goes into the network',
     'target': 'the image that is missing in use and present in training',
@@ -340,6 +340,10 @@ GLOSSARY = {
     'cohort': 'subjects with their splits, described by a manifest',
     'split': 'train, validation or test; a patient is in exactly one',
     'scan': 'the recurrence h[t] = exp(delta A) h[t-1] + delta B u[t], y[t] = C h[t] along a sequence',
+    'backend': 'one of the ways to compute a scan: reference, chunked, cpu, triton, mamba_ssm',
+    'scan order': 'the sequence in which a scan visits the pixels: a permutation',
+    'cross-scan': 'the same image scanned along several orders, the outputs summed at each pixel',
+    'sub-grid': 'every p-th pixel of every p-th row',
     'strict': 'the metric protocol that does not depend on any paper: float32 volumes, mask and window from the target',
     'window': 'the two intensities that become 0 and 1',
     'simulated': 'computed from tissue maps by the MR signal equations; never measured on a person',

@@ -375,9 +375,10 @@ def ordered_backward_op(grad_y, borders, *args):
 @ordered_backward_op.register_fake
 def _(grad_y, borders, *args): return [args[0].new_empty(args[0].shape), *(torch.empty_like(x) for x in args[1:7] if x is not None)]
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #c375e048
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #66445d78
 def _keep_ordered(ctx, inputs, output):
-    "Save for backward the inputs and the border states"
+    "Save for backward the inputs and the border states; no zeros for a gradient of the latter"
+    ctx.set_materialize_grads(False)
     ctx.softplus = inputs[8]
     ctx.save_for_backward(output[1], *inputs[:8])
 
