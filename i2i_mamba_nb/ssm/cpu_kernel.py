@@ -6,7 +6,7 @@ __all__ = ['DTYPES', 'SMALL', 'BUILDS', 'View', 'Scan', 'view', 'address', 'para
            'border_size', 'cpu_forward', 'cpu_backward', 'OrderedInputs', 'ordered_border_size', 'ordered_forward',
            'ordered_backward']
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #9b6d982f
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #46f84414
 import ctypes
 import hashlib
 import os
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import BackendError
 from .recurrence import ScanInputs
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #fd39611a
@@ -37,7 +36,7 @@ class Scan(ctypes.Structure):
         *_fields('grad_y grad_u grad_delta grad_z grad_B grad_C', View),
         *_fields('grad_last grad_initial grad_A grad_D grad_bias grad_fixed_B grad_fixed_C', c_void_p), ('segments', c_int64)]
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #a9bc07cc
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5d29e6ed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def view(x, group=0, step=-1, channel=-2) -> View:
@@ -46,10 +45,12 @@ def view(x, group=0, step=-1, channel=-2) -> View:
     if x.ndim == 4: group = x.stride(1)
     return View(x.data_ptr(), x.stride(0), group, x.stride(channel), x.stride(step), DTYPES[x.dtype])
 
-def address(x): return None if x is None else x.data_ptr()
+def address(x): "Where a tensor's numbers start; None is no tensor"; return None if x is None else x.data_ptr()
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #ab837884
-def parameter(x): "float32, contiguous: how the kernel wants what has no time axis"; return None if x is None else x.detach().float().contiguous()
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #1f3d30c5
+def parameter(x):
+    "float32, contiguous: how the kernel wants what has no time axis"
+    return None if x is None else x.detach().float().contiguous()
 
 def new(kernel, x=None, shape=None, zero=False) -> Tensor:
     "Memory for a result: like `x`, layout included, or float32 of a shape. Large pages from 2 MiB on"
@@ -75,9 +76,9 @@ BUILDS = 'avx512', 'avx2', 'sse2', 'neon'       # best first
 
 def build_path(name) -> Path: "Where setup.py puts a build"; return Path(str(files('i2i_mamba_nb')/'csrc'/f'scan_{name}.so'))
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #cb5212e5
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #ad77f283
 def check_file(path: Path) -> None:
-    "OSError unless the file is there and ends in the SHA-256 digest of what comes before it, as setup.py wrote it: a damaged library could crash the process"
+    "OSError unless the file ends in the SHA-256 digest of what comes before it, as setup.py wrote it: a damaged library could crash"
     if not path.exists(): raise OSError('it was not built: no C++ compiler when this package was installed, or another processor')
     data = path.read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]: raise OSError('the file is damaged: its digest does not fit its content')
@@ -239,11 +240,12 @@ def ordered_border_size(inputs: OrderedInputs, width: int, chunk: int):
 
 def _images(x): "View of (b l c), which all directions share, or (b k l c)"; return view(x, 0, 1, 2) if x.ndim == 3 else view(x, 0, 2, 3)
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #b9af4893
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #becbb480
 def _ordered_job(inputs, softplus, threads):
     "As `_job`, for directions that share an image's pixels"
-    (b, l, c), (k, m), n = inputs.u.shape, inputs.order.shape, inputs.A.shape[1]
-    s = Scan(batch=b, groups=k, channels=c, states=n, length=m, softplus=softplus, merge=1, segments=1, threads=threads or n_threads(b*k*c*m*n))
+    (b, _, c), (k, m), n = inputs.u.shape, inputs.order.shape, inputs.A.shape[1]
+    s = Scan(batch=b, groups=k, channels=c, states=n, length=m, softplus=softplus, merge=1, segments=1)
+    s.threads = threads or n_threads(b*k*c*m*n)
     kept = [parameter(x) for x in (inputs.A, inputs.D, inputs.delta_bias)]
     kept += [inputs.order.contiguous(), (inputs.order >= 0).sum(-1)]
     s.A, s.D, s.bias, s.order, s.lengths = map(address, kept)

@@ -21,9 +21,9 @@ from i2i_mamba_nb.ssm.gpu_kernels import (
 from .parallel import chunked_backward, chunked_forward, equal_groups, layout, n_borders
 from .recurrence import ScanInputs, check_scan_inputs, reference
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #8cbaea0c
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #a345b821
 def constant(f):
-    "A function that a tracer calls once instead of looking inside; what torch.compiler.assume_constant_result does, without its import of 2 s"
+    "A function that a tracer calls instead of looking inside: torch.compiler.assume_constant_result without its import of 2 s"
     f._dynamo_marked_constant = True
     return f
 
@@ -76,12 +76,13 @@ def _chunked_room(inputs):
 
 def _cpu_room(inputs): return inputs.u.new_empty(border_size(inputs, kernel().width, kernel().chunk), dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #dbb81e6d
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #dff6c84c
 TABLE = dict(
     chunked=Backend(lambda x, softplus, keep: chunked_forward(x, softplus), chunked_backward, _chunked_room, lambda x: None),
     cpu=Backend(cpu_forward, cpu_backward, _cpu_room, cpu_takes),
     triton=Backend(lambda x, softplus, keep: triton_forward(x, softplus), triton_backward, triton_empty_borders, triton_takes),
-    mamba_ssm=Backend(lambda x, softplus, keep: mamba_ssm_forward(x, softplus), mamba_ssm_backward, mamba_ssm_empty_borders, mamba_ssm_takes))
+    mamba_ssm=Backend(lambda x, softplus, keep: mamba_ssm_forward(x, softplus), mamba_ssm_backward,
+        mamba_ssm_empty_borders, mamba_ssm_takes))
 
 FASTEST = dict(cpu=('cpu', 'chunked'), cuda=('mamba_ssm', 'triton', 'chunked'))    # by kind of device; elsewhere 'chunked'
 
