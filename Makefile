@@ -21,8 +21,10 @@ test: $(VENV)/ok-test
 lab: $(VENV)/ok-lab
 	jupyter lab --no-browser $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
+# Two to five minutes each, alone on the machine; `make bench BENCH=scan` for one of them
+BENCH ?= scan mixers auto network cpu_ideas
 bench: $(VENV)/ok-dev
-	python bench/scan.py
+	for name in $(BENCH); do OMP_NUM_THREADS=2 python bench/$$name.py || exit 1; done
 
 # For those who write: clean and export the notebooks, then README.md from index.ipynb
 export: $(VENV)/ok-dev

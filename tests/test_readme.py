@@ -31,6 +31,15 @@ def test_figures_are_the_recorded_ones():
     told += [f'twin made {record["runs"]["twin without Mamba"]["steps"]} steps', f'I2I-Mamba {record["runs"]["I2I-Mamba"]["steps"]}.']
     assert not [t for t in told if t not in README]
 
+def test_scan_figures_are_the_recorded_ones():
+    rows = json.loads((ROOT/'bench'/'results'/'scan.json').read_text(encoding='utf-8'))['rows']
+    forward, both = rows['S1 forward'], rows['S1 both']
+    ms, ratio = [r['ms']['cpu avx512']['median'] for r in (forward, both)], [r['faster_than_mambapy'] for r in (forward, both)]
+    kept = [r['memory_kept']['faster_than_mambapy']['cpu avx512'] for r in (forward, both)]
+    told = [f'takes {ms[0]:.1f} ms forward, {ratio[0]["cpu avx512"]:.0f} times', f'{ms[1]:.1f} ms forward and backward, {ratio[1]["cpu avx512"]:.0f} times',
+        f'`chunked` is {ratio[0]["chunked"]:.1f} and {ratio[1]["chunked"]:.1f} times', f'kernel is {kept[0]:.0f} and {kept[1]:.0f} times']
+    assert not [t for t in told if t not in README]
+
 @pytest.mark.parametrize('target', sorted(set(re.findall(r'(?:^|`)make (\w+)', README, re.M))))
 def test_make_target_exists(target): assert re.search(rf'^{target}:', (ROOT/'Makefile').read_text(), re.M)
 
