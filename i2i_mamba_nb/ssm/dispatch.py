@@ -157,7 +157,7 @@ def _gradients(ctx, grad_y, grad_last, _):
 
 scan_op.register_autograd(_gradients, setup_context=_keep)
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #f14d84d3
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #780e5c95
 def selective_scan(
     u: Float[Tensor, "b d l"],              # input sequence
     delta: Float[Tensor, "b d l"],          # step sizes, raw
@@ -179,7 +179,7 @@ def selective_scan(
     if check_backend(backend) == 'reference':
         return reference(*inputs[:8], delta_softplus, return_last_state, initial_state=initial_state)
     inputs = equal_groups(inputs)
-    if not torch.compiler.is_compiling(): choose(backend, inputs)
+    if not torch.compiler.is_compiling(): backend = choose(backend, inputs)     # a traced program chooses where it runs
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, _ = scan_op(*inputs, delta_softplus, backend, keep)
     return (y, last) if return_last_state else y
