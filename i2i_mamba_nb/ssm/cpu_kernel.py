@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'SMALL', 'BUILDS', 'View', 'Scan', 'view', 'address', 'parameter', 'new', 'n_threads', 'Kernel',
-           'build_path', 'check_file', 'load_build', 'find_kernel', 'kernel', 'build_reasons', 'cpu_takes', 'n_groups',
-           'border_size', 'cpu_forward', 'cpu_backward', 'OrderedInputs', 'ordered_border_size', 'ordered_forward',
-           'ordered_backward']
+           'build_path', 'check_file', 'load_build', 'find_kernel', 'told', 'kernel', 'build_reasons', 'cpu_takes',
+           'n_groups', 'border_size', 'cpu_forward', 'cpu_backward', 'OrderedInputs', 'ordered_border_size',
+           'ordered_forward', 'ordered_backward']
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #46f84414
 import ctypes
@@ -97,7 +97,7 @@ def load_build(
     if not library.scan_runs_here(): raise OSError('this processor does not know its instructions')
     return Kernel(name, library, library.scan_width(), library.scan_chunk())
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #09579b01
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #f969c1bc
 def find_kernel(folder: Path | None = None) -> tuple[Kernel | None, dict[str, str]]:
     "The best build that loads, or None, and why those before it do not; I2I_MAMBA_SCAN names one build to the exclusion of others"
     wanted, reasons = os.environ.get('I2I_MAMBA_SCAN'), {}
@@ -106,13 +106,17 @@ def find_kernel(folder: Path | None = None) -> tuple[Kernel | None, dict[str, st
         except OSError as e: reasons[name] = str(e)
     return None, reasons
 
+def told(reasons: dict[str, str]) -> str:
+    "Reasons in one sentence, builds with the same one together"
+    return '; '.join(f'{", ".join(k for k in reasons if reasons[k] == why)}: {why}' for why in dict.fromkeys(reasons.values()))
+
 @lru_cache(1)
 def kernel() -> Kernel | None:
     "The build in use in this process. Warns once where it is missing or damaged"
     found, reasons = find_kernel()
     damaged = {k: v for k, v in reasons.items() if 'damaged' in v or 'version' in v}
     if found is None or damaged:
-        why = '; '.join(f'{k}: {v}' for k, v in (damaged or reasons).items())
+        why = told(damaged or reasons)
         instead = f'the build for {found.name}' if found else "backend 'chunked', about twenty times slower"
         warnings.warn(f'Compiled scan not as it should be ({why}). Scans run on {instead}. Install a C++ compiler and this package again.',
             RuntimeWarning, stacklevel=2)

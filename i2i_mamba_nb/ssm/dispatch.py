@@ -4,7 +4,7 @@
 __all__ = ['AVAILABLE', 'TABLE', 'FASTEST', 'TENSORS', 'OPTIONS', 'SPACE', 'constant', 'Availability', 'backends',
            'check_backend', 'Backend', 'choose', 'scan_op', 'scan_backward_op', 'selective_scan']
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #72b861c0
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #324bb8c0
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core import BackendError, check_choice
-from .cpu_kernel import border_size, build_reasons, cpu_backward, cpu_forward, cpu_takes, kernel
+from .cpu_kernel import border_size, build_reasons, cpu_backward, cpu_forward, cpu_takes, kernel, told
 from i2i_mamba_nb.ssm.gpu_kernels import (
     mamba_ssm_available, mamba_ssm_backward, mamba_ssm_empty_borders, mamba_ssm_forward, mamba_ssm_takes,
     triton_available, triton_backward, triton_empty_borders, triton_forward, triton_takes
@@ -21,7 +21,7 @@ from i2i_mamba_nb.ssm.gpu_kernels import (
 from .parallel import chunked_backward, chunked_forward, equal_groups, layout, n_borders
 from .recurrence import ScanInputs, check_scan_inputs, reference
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #a345b821
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #34eb1b97
 def constant(f):
     "A function that a tracer calls instead of looking inside: torch.compiler.assume_constant_result without its import of 2 s"
     f._dynamo_marked_constant = True
@@ -35,7 +35,7 @@ class Availability(NamedTuple):
 def _cpu_available():
     "Whether the compiled kernel is there, and which build, or why none is"
     if kernel(): return True, f'compiled, build for {kernel().name}; float32, bfloat16 and float16'
-    return False, '; '.join(f'{k}: {v}' for k, v in build_reasons().items())
+    return False, told(build_reasons())
 
 AVAILABLE = dict(
     reference=lambda: (True, 'step by step, any device and floating-point dtype: the oracle'),
