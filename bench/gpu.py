@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import described
+from machine import described, one_step
 
 from i2i_mamba_nb.core import network, recipe, write_json
 from i2i_mamba_nb.ssm import backends, selective_scan
@@ -185,17 +185,9 @@ def training_step(device, size=256, repeats=5, **config):
     generator = network('i2i_mamba').build(**config)
     judge = network('patchgan').build(n_channels=generator.config['n_sources']+1)
     made = recipe('paired_adversarial').build(generator=generator.to(device), discriminator=judge.to(device))
-    optimisers = made.optimisers()
     batch = dict(source=torch.randn(1, generator.config['n_sources'], size, size, device=device),
         target=torch.randn(1, 1, size, size, device=device))
-    def step():
-        memory = None
-        for phase in made.phases:
-            named, memory = made.losses(phase, batch, memory)
-            optimisers[phase].zero_grad()
-            named['total'].backward()
-            optimisers[phase].step()
-    return dict(seconds=median(milliseconds(step, device, repeats))/1e3, size=size, batch=1, network=generator.config)
+    return dict(seconds=median(milliseconds(one_step(made, batch), device, repeats))/1e3, size=size, batch=1, network=generator.config)
 
 def volume(device, size=256, slices=100, batch=10, repeats=3, **config):
     "Seconds for all slices of a volume through the network, from and to the host's memory"

@@ -133,6 +133,19 @@ def ratios(ms, base):
     "name -> how many times as fast as `base`, from the medians"
     return {k: ms[base]['median']/v['median'] for k, v in ms.items() if k != base} if base in ms else {}
 
+# ---------------------------------------------------------------- what several scripts time
+def one_step(made, batch):
+    "A function without arguments: one step of a recipe, all its phases"
+    optimisers = made.optimisers()
+    def step():
+        memory = None
+        for phase in made.phases:
+            named, memory = made.losses(phase, batch, memory)
+            optimisers[phase].zero_grad()
+            named['total'].backward()
+            optimisers[phase].step()
+    return step
+
 # ---------------------------------------------------------------- bars
 def bar(what, got, at_least=None, at_most=None):
     "A demand and whether it is met; what was not measured does not meet it"

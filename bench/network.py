@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from machine import ALLOCATORS, RESULTS, Others, bar, cpu_flags, described, in_child, interleaved, n_cores, peers, ratios, stored, told
+from machine import (
+    ALLOCATORS, RESULTS, Others, bar, cpu_flags, described, in_child, interleaved, n_cores, one_step, peers, ratios, stored, told
+)
 from peers import replaced
 
 from i2i_mamba_nb.core import network, recipe
@@ -31,15 +33,7 @@ def built(variant, size, config):
 
 def stepper(made, batch, mode):
     "A function without arguments: a forward pass, or a training step"
-    optimisers = made.optimisers()
-    def step():
-        memory = None
-        for phase in made.phases:
-            named, memory = made.losses(phase, batch, memory)
-            optimisers[phase].zero_grad()
-            named['total'].backward()
-            optimisers[phase].step()
-    return step if mode == 'step' else lambda: made.synthesise(batch['source'])
+    return one_step(made, batch) if mode == 'step' else lambda: made.synthesise(batch['source'])
 
 def under(context, function, *args):
     "The function, called within a context made by context(*args)"

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import described
+from machine import described, one_step
 
 from i2i_mamba_nb.core import write_json
 
@@ -25,15 +25,10 @@ def steps():
     generator = network('i2i_mamba').build(n_sources=2, **network('i2i_mamba').presets['laptop'])
     judge = network('patchgan').build(n_channels=3, **network('patchgan').presets['laptop'])
     made = recipe('paired_adversarial').build(generator=generator, discriminator=judge)
-    optimisers, batch = made.optimisers(), dict(source=torch.randn(2, 2, 128, 128), target=torch.randn(2, 1, 128, 128))
+    step = one_step(made, dict(source=torch.randn(2, 2, 128, 128), target=torch.randn(2, 1, 128, 128)))
     done, start = 0, time.perf_counter()
     while time.perf_counter()-start < SECONDS:
-        memory = None
-        for phase in made.phases:
-            named, memory = made.losses(phase, batch, memory)
-            optimisers[phase].zero_grad()
-            named['total'].backward()
-            optimisers[phase].step()
+        step()
         done += 1
     return done
 
