@@ -1,57 +1,68 @@
-// Backward: chunk by chunk from the end. Inside a chunk the states are run once more from the state that forward kept, then
+// Backward: span by span and chunk by chunk from the end. Inside a chunk the states are run once more from the state that forward kept, then
 // the gradient g of the state walks back:  g[t] = C[t] gy[t] + exp(dt[t+1] A) g[t+1].
-// Gradients of B and C are sums over channels: the blocks of a strip add up lane by lane, then the lanes are summed.
+// Gradients of B and C are sums over channels: lanes are folded at once, blocks add up in a thread's own buffer.
 #pragma once
-#include <cstddef>
 #include "forward.h"
 
 static const int BACK_STATES = 4;       // states that walk back together: what a chunk of them needs stays in the nearest cache
-static const int SUPER = 16*CHUNK;      // steps after which threads that share a group add up their sums
+static const int SUPER = 2*SPAN;        // steps after which threads that share a group add up their sums
 
-// What a chunk of one block needs and gives
-struct Chunk {
-  int count;
-  V u[CHUNK], dt[CHUNK], du[CHUNK], slope[CHUNK], gy[CHUNK];        // slope: of softplus; gy: before the gate
-  V y[CHUNK], of_du[CHUNK], of_decay[CHUNK];
-  V z[CHUNK], raw_gy[CHUNK];
+// What a span of one block needs and gives
+struct BackSpan {
+  V u[SPAN], dt[SPAN], du[SPAN], slope[SPAN], gy[SPAN];     // slope: of softplus; gy: before the gate
+  V y[SPAN], of_du[SPAN], of_decay[SPAN];
+  V z[SPAN], raw_gy[SPAN];
   V largest;
   Fetch fetch;
 };
 
-// What a step of K states leaves for the way back, and sums over blocks for the gradients of B and C
-template<int K> struct Trail { V decay[K], before[K], of_B[K], of_C[K]; };
+// Decays of K states at every step of a chunk and the states before it: what the way back needs of the way there
+template<int K> struct Trail { V decay[K], before[K]; };
 
-// K states of one chunk, there and back; FIRST: the first block of its strip, nothing is summed up yet
-template<int K, bool FIRST, bool SAFE, bool FB, bool FC, bool GATED>
-INLINE void walk_back(Chunk& x, const Weights& w, int64_t n, const float* border, const V* a_of, V* g, V* of_a,
-                      const V* fixed_B, const V* fixed_C, V* of_fixed_B, V* of_fixed_C, Trail<K>* trail) {
+// Sums over channels of SUPER steps: pieces of K states, each (step, floats of `fold`), from step `at` on
+struct Sums {
+  static const int64_t PIECE = SUPER*Folded<2*BACK_STATES>::FLOATS;
+  float* p;
+  int64_t at;
+  static int64_t room(int64_t N) { return (N/BACK_STATES + 2)*PIECE; }      // what is left over comes in a piece of two and one of one
+  template<int K> float* of(int64_t n) const { return p + (n/BACK_STATES + (n % BACK_STATES > 0))*PIECE + at*Folded<2*K>::FLOATS; }
+};
+
+// K states of one chunk, the steps from..to of a span, there and back; `add`: to the sums of other blocks
+template<int K, bool SAFE, bool FB, bool FC, bool GATED>
+INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n, const float* border, const V* a_of, V* g, V* of_a,
+                      const V* fixed_B, const V* fixed_C, V* of_fixed_B, V* of_fixed_C, Trail<K>* trail, float* sums, bool add) {
+  const Exponential exponential;
+  const int turn = (int)n/K, turns = (int)up(w.s.states, K);
   V h[K], later[K], sum_a[K], a[K];
   for (int i = 0; i < K; i++) h[i] = load(border + (n + i)*W), a[i] = a_of[n + i];
-  for (int t = 0; t < x.count; t++) {
+  for (int t = from; t < to; t++) {
     const V dt = x.dt[t], du = x.du[t];
     const float *B = w.B[t] + n, *C = w.C[t] + n;
+    Trail<K>& at = trail[t - from];
     V y{};
-    x.fetch.step();
+    x.fetch.step(t, turn, turns);
     #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
-      const V e = exp_scaled<SAFE>(dt, a[i]);
-      trail[t].decay[i] = e, trail[t].before[i] = h[i];
+      const V e = exponential.of<SAFE>(dt, a[i]);
+      at.decay[i] = e, at.before[i] = h[i];
       h[i] = h[i]*e + (FB ? du*fixed_B[n + i] : du*B[i]);
       if (GATED) y += FC ? h[i]*fixed_C[n + i] : h[i]*C[i];
     }
     if (GATED) x.y[t] += y;
   }
   for (int i = 0; i < K; i++) later[i] = g[n + i], sum_a[i] = of_a[n + i];
-  for (int t = x.count - 1; t >= 0; t--) {
+  for (int t = to - 1; t >= from; t--) {
     const V dt = x.dt[t], du = x.du[t], gy = x.gy[t];
     const float *B = w.B[t] + n, *C = w.C[t] + n;
-    Trail<K>& at = trail[t];
-    V s1{}, s2{};
+    const Trail<K>& at = trail[t - from];
+    V s1{}, s2{}, of_weights[2*K], folded[2*K];
     #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
       const V here = later[i] + (FC ? gy*fixed_C[n + i] : gy*C[i]);
-      if (FC) of_fixed_C[n + i] += gy*h[i]; else at.of_C[i] = FIRST ? gy*h[i] : at.of_C[i] + gy*h[i];
-      if (FB) of_fixed_B[n + i] += here*du; else at.of_B[i] = FIRST ? here*du : at.of_B[i] + here*du;
+      of_weights[i] = here*du, of_weights[K + i] = gy*h[i];
+      if (FB) of_fixed_B[n + i] += of_weights[i];
+      if (FC) of_fixed_C[n + i] += of_weights[K + i];
       s1 += FB ? here*fixed_B[n + i] : here*B[i];
       later[i] = here*at.decay[i];
       h[i] = at.before[i];
@@ -61,19 +72,12 @@ INLINE void walk_back(Chunk& x, const Weights& w, int64_t n, const float* border
     }
     x.of_du[t] += s1;
     x.of_decay[t] += s2;
+    if (FB && FC) continue;
+    fold<2*K>(of_weights, folded);
+    float* to = sums + t*Folded<2*K>::FLOATS;
+    for (int i = 0; i < Folded<2*K>::FLOATS; i += W) store(to + i, add ? folded[i/W] + load(to + i) : folded[i/W]);
   }
   for (int i = 0; i < K; i++) g[n + i] = later[i], of_a[n + i] = sum_a[i];
-}
-
-// Sums over the lanes of a trail, in its own order, (step, B or C, K): stored for the first strip, added for the others
-template<int K> INLINE void put_sums(const Trail<K>* trail, int count, float* to, bool add) {
-  static_assert(offsetof(Trail<K>, of_C) == offsetof(Trail<K>, of_B) + K*sizeof(V), "of_B and of_C are one array below");
-  for (int i = 0; i < count*2*K; i += W) {
-    V v[W];
-    #pragma GCC unroll 16
-    for (int j = 0; j < W; j++) v[j] = ((const V*)&trail[(i + j)/(2*K)].of_B)[(i + j) % (2*K)];
-    store(to + i, add ? load(to + i) + sums(v) : sums(v));
-  }
 }
 
 struct Backward {
@@ -92,42 +96,53 @@ struct Backward {
     k.per_state(k.s.fixed_C, fixed_C);
     for (int64_t n = 0; n < N; n++) largest_a = larger(magnitude(a[n]), largest_a), of_a[n] = of_fixed_B[n] = of_fixed_C[n] = V{};
   }
-  // One tile, as the steps from `at` on
-  void read(const Steps& steps, int at, Chunk& x) const {
-    read_tile(k.s.u, k.base(k.s.u), steps, k.n_channels, x.u + at);
-    read_tile(k.s.delta, k.base(k.s.delta), steps, k.n_channels, x.dt + at);
-    read_tile(k.s.grad_y, k.base(k.s.grad_y), steps, k.n_channels, x.gy + at);
-    if (k.s.z.data) read_tile(k.s.z, k.base(k.s.z), steps, k.n_channels, x.z + at);
-    for (int t = at; t < at + TILE; t++) {
+  // What the span of this block from `first` on will need
+  void fetch(Fetch& f, int64_t first) const {
+    for (const View* v: {&k.s.u, &k.s.delta, &k.s.grad_y, &k.s.z, &k.s.grad_u, &k.s.grad_delta}) k.fetch(f, *v, first);
+    f.add(k.border(first), SPAN/CHUNK*N*W);
+  }
+  // Steps first..end, one span: reading ...
+  void begin(int64_t first, int64_t end, BackSpan& x) const {
+    const Scan& s = k.s;
+    k.read(s.u, first, end, x.u);
+    k.read(s.delta, first, end, x.dt);
+    k.read(s.grad_y, first, end, x.gy);
+    if (s.z.data) k.read(s.z, first, end, x.z);
+    x.largest = V{};
+    for (int t = 0; t < end - first; t++) {
       const V d = x.dt[t] + bias;
-      if (k.s.softplus) softplus_and_slope(d, x.dt[t], x.slope[t]); else x.dt[t] = d, x.slope[t] = all(1.f);
+      if (s.softplus) softplus_and_slope(d, x.dt[t], x.slope[t]); else x.dt[t] = d, x.slope[t] = all(1.f);
       x.du[t] = x.dt[t]*x.u[t];
       x.largest = larger(magnitude(x.dt[t]), x.largest);
       x.of_du[t] = x.of_decay[t] = V{};
-      if (k.s.z.data) x.raw_gy[t] = x.gy[t], x.gy[t] *= x.z[t]*sigmoid(x.z[t]), x.y[t] = D*x.u[t];
+      if (s.z.data) x.raw_gy[t] = x.gy[t], x.gy[t] *= x.z[t]*sigmoid(x.z[t]), x.y[t] = D*x.u[t];
     }
   }
-  // Steps first..end, one chunk: reading ...
-  void begin(int64_t first, int64_t end, Chunk& x) const {
-    x.largest = V{};
-    x.count = (int)(end - first);
-    x.fetch.n = x.fetch.at = 0;
-    if (first >= CHUNK) {
-      for (const View* v: {&k.s.u, &k.s.delta, &k.s.grad_y, &k.s.z, &k.s.grad_u, &k.s.grad_delta}) k.fetch(x.fetch, *v, first - CHUNK, CHUNK);
-      for (int64_t i = 0; i < N*W; i += 16) x.fetch.add((const char*)(k.border(first - CHUNK) + i));
-      x.fetch.spread(CHUNK*up(N, BACK_STATES));
-    }
-    for (int64_t t = first; t < end; t += TILE) read(k.tile(t, end), (int)(t - first), x);
+  // ... all states there and back, chunk by chunk ...
+  template<bool SAFE, bool FB, bool FC, bool GATED>
+  void walk(int64_t first, int count, BackSpan& x, const Weights& w, void* trail, Sums to, bool add) {
+    for (int from = (count - 1)/CHUNK*CHUNK; from >= 0; from -= CHUNK)
+      for_states<BACK_STATES>(0, N, [&](auto K, int64_t n) {
+        walk_back<K.value, SAFE, FB, FC, GATED>(x, from, std::min(count, from + CHUNK), w, n, k.border(first + from), a, g, of_a,
+          fixed_B, fixed_C, of_fixed_B, of_fixed_C, (Trail<K.value>*)trail, to.of<K.value>(n), add);
+      });
   }
-  bool safe(const Chunk& x) const { return !any_above(x.largest*largest_a, all(EXP_SAFE*EXP_SCALE)); }
-  // ... K states there and back ...
-  template<int K, bool FIRST, bool SAFE, bool FB, bool FC, bool GATED>
-  inline __attribute__((always_inline)) void walk(int64_t n, int64_t start, Chunk& x, const Weights& w, Trail<K>* trail) {
-    walk_back<K, FIRST, SAFE, FB, FC, GATED>(x, w, n, k.border(start), a, g, of_a, fixed_B, fixed_C, of_fixed_B, of_fixed_C, trail);
+  void run(int64_t first, int count, BackSpan& x, const Weights& w, void* trail, Sums to, bool add) {
+    auto go = [&](auto SAFE, auto FB, auto FC) {
+      if (k.s.z.data) walk<SAFE.value, FB.value, FC.value, true>(first, count, x, w, trail, to, add);
+      else walk<SAFE.value, FB.value, FC.value, false>(first, count, x, w, trail, to, add);
+    };
+    const std::true_type yes;
+    const std::false_type no;
+    if (k.s.fixed_B && k.s.fixed_C) go(no, yes, yes);
+    else if (k.s.fixed_B) go(no, yes, no);
+    else if (k.s.fixed_C) go(no, no, yes);
+    else if (any_above(x.largest*largest_a, all(EXP_SAFE*EXP_SCALE))) go(no, no, no);
+    else go(yes, no, no);
   }
   // ... and writing every gradient of this block
-  void end(int64_t first, int64_t end, Chunk& x) {
-    for (int t = 0; t < x.count; t++) {
+  void end(int64_t first, int64_t end, BackSpan& x) {
+    for (int t = 0; t < end - first; t++) {
       const V of_dt = x.u[t]*x.of_du[t] + x.of_decay[t]*(1.f/EXP_SCALE);
       of_D += x.gy[t]*x.u[t];
       x.of_du[t] = x.dt[t]*x.of_du[t] + D*x.gy[t];      // gradient of u
@@ -135,13 +150,9 @@ struct Backward {
       of_bias += x.of_decay[t];
       if (k.s.z.data) { const V q = sigmoid(x.z[t]); x.raw_gy[t] *= x.y[t]*q*(1.f + x.z[t]*(1.f - q)); }
     }
-    for (int64_t t = first; t < end; t += TILE) {
-      const Steps steps = k.tile(t, end);
-      const int at = (int)(t - first);
-      write_tile(k.s.grad_u, k.base(k.s.grad_u), steps, k.n_channels, x.of_du + at, k.s.merge);
-      write_tile(k.s.grad_delta, k.base(k.s.grad_delta), steps, k.n_channels, x.of_decay + at, false);
-      if (k.s.z.data) write_tile(k.s.grad_z, k.base(k.s.grad_z), steps, k.n_channels, x.raw_gy + at, false);
-    }
+    k.write(k.s.grad_u, first, end, x.of_du, k.s.merge);
+    k.write(k.s.grad_delta, first, end, x.of_decay, false);
+    if (k.s.z.data) k.write(k.s.grad_z, first, end, x.raw_gy, false);
   }
   void finish(int64_t segment) {
     const Scan& s = k.s;
@@ -154,15 +165,15 @@ struct Backward {
   }
   // Steps first..end with nothing coming from later ones: the gradient of the state before them, and the sum of step sizes
   void carry(int64_t first, int64_t end, V* out) {
-    Chunk x;
+    BackSpan x;
     Weights w(k.s);
     V total{};
     for (int64_t n = 0; n < N; n++) g[n] = V{};
-    for (int64_t t0 = first + (end - 1 - first)/TILE*TILE; t0 >= first; t0 -= TILE) {
-      const Steps steps = k.tile(t0, end);
-      read(steps, 0, x);
-      w.read(k.b, k.g, steps, 0);
-      for (int t = steps.count - 1; t >= 0; t--) {
+    for (int64_t t0 = first + (end - 1 - first)/SPAN*SPAN; t0 >= first; t0 -= SPAN) {
+      const int64_t t1 = std::min(end, t0 + SPAN);
+      begin(t0, t1, x);
+      w.read(k, t0, t1);
+      for (int t = (int)(t1 - t0) - 1; t >= 0; t--) {
         total += x.dt[t];
         for (int64_t n = 0; n < N; n++)
           g[n] = exp_scaled<false>(x.dt[t], a[n])*(g[n] + x.gy[t]*(k.s.fixed_C ? fixed_C[n] : all(w.C[t][n])));
@@ -176,47 +187,25 @@ struct Backward {
   }
 };
 
-// Sums over channels of SUPER steps: pieces of K states, each (step, B or C, K), from step `at` on
-struct Sums {
-  float* p;
-  int64_t at;
-  float* of(int64_t n, int K) const { return p + 2*SUPER*n + at*2*K; }
-};
-
-// A chunk of a strip: K states at a time, all blocks of the strip for each, so that their sums stay in the nearest cache
+// A span of a strip of blocks, which share the rows of B and C
 struct Walk {
   Weights w;
-  Room<Chunk> chunks;
-  Room<Trail<BACK_STATES>> trails;
-  explicit Walk(const Scan& s): w(s), chunks(STRIP), trails(CHUNK + W) {}
+  Room<BackSpan> span;
+  Room<Trail<BACK_STATES>> trail;
+  explicit Walk(const Scan& s): w(s), span(1), trail(CHUNK) {}
 
-  template<bool SAFE, bool FB, bool FC, bool GATED> void states(std::vector<Backward>& strip, int64_t first, int count, Sums to, bool add) {
-    for_states<BACK_STATES>(0, w.s.states, [&](auto K, int64_t n) {
-      auto trail = (Trail<K.value>*)trails.p;
-      strip[0].walk<K.value, true, SAFE, FB, FC, GATED>(n, first, chunks.p[0], w, trail);
-      for (size_t i = 1; i < strip.size(); i++) strip[i].walk<K.value, false, SAFE, FB, FC, GATED>(n, first, chunks.p[i], w, trail);
-      if (!FB || !FC) put_sums<K.value>(trail, count, to.of(n, K.value), add);
-    });
-  }
-  void run(std::vector<Backward>& strip, int64_t first, int64_t end, Sums to, bool add) {
-    const Scan& s = w.s;
-    const Block& k = strip[0].k;
-    const int count = (int)(end - first);
-    for (int64_t t = first; t < end; t += TILE) w.read(k.b, k.g, k.tile(t, end), (int)(t - first));
-    bool safe = true;
-    for (size_t i = 0; i < strip.size(); i++) strip[i].begin(first, end, chunks.p[i]), safe = safe && strip[i].safe(chunks.p[i]);
-    auto go = [&](auto SAFE, auto FB, auto FC) {
-      if (s.z.data) states<SAFE.value, FB.value, FC.value, true>(strip, first, count, to, add);
-      else states<SAFE.value, FB.value, FC.value, false>(strip, first, count, to, add);
-    };
-    const std::true_type yes;
-    const std::false_type no;
-    if (s.fixed_B && s.fixed_C) go(no, yes, yes);
-    else if (s.fixed_B) go(no, yes, no);
-    else if (s.fixed_C) go(no, no, yes);
-    else if (safe) go(yes, no, no);
-    else go(no, no, no);
-    for (size_t i = 0; i < strip.size(); i++) strip[i].end(first, end, chunks.p[i]);
+  // `start`: where the earliest of the spans to come begins
+  void run(std::vector<Backward>& strip, int64_t start, int64_t first, int64_t end, Sums to, bool add) {
+    BackSpan& x = *span.p;
+    w.read(strip[0].k, first, end);
+    for (size_t i = 0; i < strip.size(); i++, add = true) {
+      x.fetch.n = 0;
+      if (i + 1 < strip.size()) strip[i + 1].fetch(x.fetch, first);
+      else if (first > start) strip[0].fetch(x.fetch, first - SPAN);
+      strip[i].begin(first, end, x);
+      strip[i].run(first, (int)(end - first), x, w, trail.p, to, add);
+      strip[i].end(first, end, x);
+    }
   }
 };
 
@@ -230,8 +219,14 @@ static void put_gradient(const Scan& s, const Block& k, int which, int64_t first
   for (int64_t t0 = first; t0 < end; t0 += TILE, from.at += TILE) {
     const Steps steps = k.tile(t0, end);
     for_states<BACK_STATES>(0, s.states, [&](auto K, int64_t n) {
-      const float* p = from.of(n, K.value) + which*K.value;
-      for (int t = 0; t < steps.count; t++) memcpy(rows.p + t*padded + n, p + t*2*K.value, 4*K.value);
+      typedef Folded<2*K.value> F;
+      const float* p = from.of<K.value>(n) + F::first(which*K.value);
+      for (int t = 0; t < steps.count; t++, p += F::FLOATS)
+        for (int i = 0; i < K.value; i++) {
+          float sum = p[i];
+          for (int j = 1; j < F::COPIES; j++) sum += p[i + j*F::STRIDE];
+          rows.p[t*padded + n + i] = sum;
+        }
     });
     for (int64_t n = 0; n < s.states; n += W) {
       for (int t = 0; t < steps.count; t++) tile[t] = load(rows.p + t*padded + n);
@@ -258,7 +253,7 @@ static void backward(const Scan& s) {
   const int64_t blocks = blocks_of(s), items = s.batch*(s.merge ? 1 : s.groups), inner = s.merge ? s.groups : 1;
   const int64_t N = s.states, size = N + 1;
   Room<V> carried(s.segments > 1 ? items*blocks*s.segments*size : 0);
-  Room<float> sums_of(s.threads*2*SUPER*2*N);       // per thread, in turns: sums for B, for C
+  Room<float> sums_of(s.threads*2*Sums::room(N));       // two per thread, in turns
   auto block = [&](int64_t item, int64_t i, int64_t g) {
     return s.merge ? Block(s, item, g, i) : Block(s, item/s.groups, item % s.groups, i);
   };
@@ -279,7 +274,7 @@ static void backward(const Scan& s) {
     const int64_t member = place % plan.members, lane = place/plan.members, lanes = plan.size/plan.members;
     const int64_t from = blocks*member/plan.members, to = blocks*(member + 1)/plan.members;
     const int64_t supers = up(up(up(s.length, CHUNK), s.segments)*CHUNK, SUPER);
-    auto sums_at = [&](int64_t thread, int64_t turn) { return sums_of.p + (thread*2 + turn % 2)*SUPER*2*N; };
+    auto sums_at = [&](int64_t thread, int64_t turn) { return sums_of.p + (thread*2 + turn % 2)*Sums::room(N); };
     Walk walk(s);
     int64_t turn = 0;
     // every thread goes through the same loops, with or without work, and so meets the others at every barrier
@@ -302,8 +297,8 @@ static void backward(const Scan& s) {
         const int64_t first = std::min(end, start + j*SUPER), last = std::min(end, first + SUPER), steps = last - first;
         if (steps > 0)
           for (size_t q = 0; q < strips.size(); q++)
-            for (int64_t c = first + (steps - 1)/CHUNK*CHUNK; c >= first; c -= CHUNK)
-              walk.run(strips[q], c, std::min(last, c + CHUNK), {sums_at(thread, turn), c - first}, q > 0);
+            for (int64_t c = first + (steps - 1)/SPAN*SPAN; c >= first; c -= SPAN)
+              walk.run(strips[q], start, c, std::min(last, c + SPAN), {sums_at(thread, turn), c - first}, q > 0);
         if (plan.members > 1) {
           #pragma omp barrier
         }
@@ -313,7 +308,8 @@ static void backward(const Scan& s) {
         for (int64_t m = 1; m < plan.members; m++)
           for_states<BACK_STATES>(0, N, [&](auto K, int64_t n) {
             const Sums other{sums_at(thread - member + m, turn), t0};
-            for (int64_t q = 0; q < (t1 - t0)*2*K.value; q++) total.of(n, K.value)[q] += other.of(n, K.value)[q];
+            float *p = total.of<K.value>(n), *q = other.of<K.value>(n);
+            for (int64_t i = 0; i < (t1 - t0)*Folded<2*K.value>::FLOATS; i++) p[i] += q[i];
           });
         for (int which = 0; which < 2; which++) put_gradient(s, strips[0][0].k, which, first + t0, first + t1, total);
       }

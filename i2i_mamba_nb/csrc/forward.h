@@ -1,37 +1,39 @@
-// Forward: tile by tile through time, a few blocks of channels side by side so that they share the rows of B and C
+// Forward: span by span through time, a few blocks of channels side by side so that they share the rows of B and C
 #pragma once
 #include <vector>
 #include "scan.h"
 
 static const int STRIP = 4;     // blocks that go through time together
-static const int AHEAD = 2*TILE;      // steps between what is computed and what is fetched
 #if W == 16
 static const int FORWARD_STATES = 16;
 #else
 static const int FORWARD_STATES = 4;
 #endif
 
-// What the recurrence needs of a tile of one block
-struct Tile {
-  int count;
-  V u[TILE], dt[TILE], du[TILE];
+// What the recurrence needs of a span of one block
+struct Span {
+  V u[SPAN], dt[SPAN], du[SPAN];
   V largest;            // largest |dt| of each lane
   Fetch fetch;
 };
 
-// K states of one block through a tile. `a` is multiplied by EXP_SCALE; FB, FC: B, C are vectors that stay the same over time.
+// K states of one block through the steps from..to of a span. `a` is multiplied by EXP_SCALE; FB, FC: B, C are vectors that stay the
+// same over time.
 template<int K, bool SAFE, bool FB, bool FC, bool OUT>
-INLINE void advance(Tile& x, const Weights& w, V* state, const V* a, int64_t n, const V* fixed_B, const V* fixed_C, V* y) {
+INLINE void advance(const Span& x, int from, int to, const Weights& w, V* state, const V* a, int64_t n,
+                    const V* fixed_B, const V* fixed_C, V* y) {
+  const Exponential exponential;
+  const int turn = (int)n/K, turns = (int)up(w.s.states, K);
   V h[K];
   for (int i = 0; i < K; i++) h[i] = state[n + i];
-  for (int t = 0; t < x.count; t++) {
+  for (int t = from; t < to; t++) {
     const V dt = x.dt[t], du = x.du[t];
     const float *B = w.B[t] + n, *C = w.C[t] + n;
     V even{}, odd{};
-    x.fetch.step();
+    x.fetch.step(t, turn, turns);
     #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
-      h[i] = h[i]*exp_scaled<SAFE>(dt, a[n + i]) + (FB ? du*fixed_B[n + i] : du*B[i]);
+      h[i] = h[i]*exponential.of<SAFE>(dt, a[n + i]) + (FB ? du*fixed_B[n + i] : du*B[i]);
       if (OUT) (i % 2 ? odd : even) += FC ? h[i]*fixed_C[n + i] : h[i]*C[i];
     }
     if (OUT) y[t] += even + odd;
@@ -54,60 +56,61 @@ struct Forward {
     k.per_state(k.s.fixed_C, fixed_C);
     for (int64_t n = 0; n < N; n++) largest_a = larger(magnitude(a[n]), largest_a);
   }
-  void read(const Steps& steps, Tile& x) const {
-    x.count = steps.count;
-    read_tile(k.s.u, k.base(k.s.u), steps, k.n_channels, x.u);
-    read_tile(k.s.delta, k.base(k.s.delta), steps, k.n_channels, x.dt);
+  void read(int64_t first, int64_t end, Span& x) const {
+    k.read(k.s.u, first, end, x.u);
+    k.read(k.s.delta, first, end, x.dt);
     x.largest = V{};
-    for (int t = 0; t < TILE; t++) {
+    for (int t = 0; t < end - first; t++) {
       V d = x.dt[t] + bias;
       x.dt[t] = d = k.s.softplus ? softplus(d) : d;
       x.du[t] = d*x.u[t];
       x.largest = larger(magnitude(d), x.largest);
     }
   }
-  template<bool OUT> void run(Tile& x, const Weights& w, V* y) {
-    if (k.s.fixed_B || k.s.fixed_C) {
-      auto go = [&](auto FB, auto FC) { for_states<4>(0, N, [&](auto K, int64_t n) {
-        advance<K.value, false, FB.value, FC.value, OUT>(x, w, state, a, n, fixed_B, fixed_C, y); }); };
-      if (!k.s.fixed_C) go(std::true_type(), std::false_type());
-      else if (!k.s.fixed_B) go(std::false_type(), std::true_type());
-      else go(std::true_type(), std::true_type());
-    } else if (!any_above(x.largest*largest_a, all(EXP_SAFE*EXP_SCALE)))    // no exponent of this tile needs clamping
-      for_states<FORWARD_STATES>(0, N, [&](auto K, int64_t n) { advance<K.value, true, false, false, OUT>(x, w, state, a, n, a, a, y); });
-    else
-      for_states<4>(0, N, [&](auto K, int64_t n) { advance<K.value, false, false, false, OUT>(x, w, state, a, n, a, a, y); });
+  // What the span of this block from `first` on will need
+  void fetch(Fetch& f, int64_t first) const {
+    for (const View* v: {&k.s.u, &k.s.delta, &k.s.z, &k.s.y}) k.fetch(f, *v, first);
+    if (k.s.borders) f.add(k.border(first), SPAN/CHUNK*N*W);
   }
-  void outputs(const Steps& steps, const Weights& w) {
-    Tile x;
-    V y[TILE], z[TILE];
-    if (k.s.borders && steps.first % CHUNK == 0) for (int64_t n = 0; n < N; n++) store(k.border(steps.first) + n*W, state[n]);
-    read(steps, x);
-    x.fetch.n = x.fetch.at = 0;
-    if (steps.first + AHEAD + TILE <= k.steps) {
-      for (const View* v: {&k.s.u, &k.s.delta, &k.s.z, &k.s.y}) k.fetch(x.fetch, *v, steps.first + AHEAD, TILE);
-      x.fetch.spread(TILE*up(N, FORWARD_STATES));
+  template<bool OUT> void run(const Span& x, int from, int to, const Weights& w, V* y) {
+    auto go = [&](auto K, auto SAFE, auto FB, auto FC) { for_states<K.value>(0, N, [&](auto K, int64_t n) {
+      advance<K.value, SAFE.value, FB.value, FC.value, OUT>(x, from, to, w, state, a, n, fixed_B, fixed_C, y); }); };
+    const std::true_type yes;
+    const std::false_type no;
+    const std::integral_constant<int, 4> few;
+    if (k.s.fixed_B && k.s.fixed_C) go(few, no, yes, yes);
+    else if (k.s.fixed_B) go(few, no, yes, no);
+    else if (k.s.fixed_C) go(few, no, no, yes);
+    else if (any_above(x.largest*largest_a, all(EXP_SAFE*EXP_SCALE))) go(few, no, no, no);
+    else go(std::integral_constant<int, FORWARD_STATES>(), yes, no, no);        // no exponent of this span needs clamping
+  }
+  void outputs(int64_t first, int64_t end, const Weights& w, Span& x) {
+    const int count = (int)(end - first);
+    V y[SPAN], z[SPAN];
+    read(first, end, x);
+    for (int t = 0; t < count; t++) y[t] = D*x.u[t];
+    for (int from = 0; from < count; from += CHUNK) {
+      if (k.s.borders) for (int64_t n = 0; n < N; n++) store(k.border(first + from) + n*W, state[n]);
+      run<true>(x, from, std::min(count, from + CHUNK), w, y);
     }
-    for (int t = 0; t < TILE; t++) y[t] = D*x.u[t];
-    run<true>(x, w, y);
     if (k.s.z.data) {
-      read_tile(k.s.z, k.base(k.s.z), steps, k.n_channels, z);
-      for (int t = 0; t < TILE; t++) y[t] *= z[t]*sigmoid(z[t]);
+      k.read(k.s.z, first, end, z);
+      for (int t = 0; t < count; t++) y[t] *= z[t]*sigmoid(z[t]);
     }
-    write_tile(k.s.y, k.base(k.s.y), steps, k.n_channels, y, k.s.merge);
+    k.write(k.s.y, first, end, y, k.s.merge);
   }
   // Steps first..end from the state zero: the state they end in, and the sum of their step sizes
   void carry(int64_t first, int64_t end, V* out) {
-    Tile x;
+    Span x;
     Weights w(k.s);
     V total{};
     for (int64_t n = 0; n < N; n++) state[n] = V{};
-    for (int64_t t0 = first; t0 < end; t0 += TILE) {
-      const Steps steps = k.tile(t0, end);
-      read(steps, x);
-      w.read(k.b, k.g, steps, 0);
-      run<false>(x, w, nullptr);
-      for (int t = 0; t < x.count; t++) total += x.dt[t];
+    for (int64_t t0 = first; t0 < end; t0 += SPAN) {
+      const int64_t t1 = std::min(end, t0 + SPAN);
+      read(t0, t1, x);
+      w.read(k, t0, t1);
+      run<false>(x, 0, (int)(t1 - t0), w, nullptr);
+      for (int t = 0; t < t1 - t0; t++) total += x.dt[t];
     }
     for (int64_t n = 0; n < N; n++) out[n] = state[n];
     out[N] = total;
@@ -150,11 +153,16 @@ static void forward(const Scan& s) {
         }
         const Block& k = strip_of[0].k;
         Weights w(s);
+        Span x;
         const int64_t end = segment_start(k, segment + 1);
-        for (int64_t t = segment_start(k, segment); t < end; t += TILE) {
-          const Steps steps = k.tile(t, end);
-          w.read(k.b, k.g, steps, 0);
-          for (Forward& f: strip_of) f.outputs(steps, w);
+        for (int64_t t = segment_start(k, segment); t < end; t += SPAN) {
+          w.read(k, t, std::min(end, t + SPAN));
+          for (size_t i = 0; i < strip_of.size(); i++) {
+            x.fetch.n = 0;
+            if (i + 1 < strip_of.size()) strip_of[i + 1].fetch(x.fetch, t);
+            else if (t + SPAN < end) strip_of[0].fetch(x.fetch, t + SPAN);
+            strip_of[i].outputs(t, std::min(end, t + SPAN), w, x);
+          }
         }
         if (segment + 1 == s.segments) for (Forward& f: strip_of) f.k.put_per_state(f.k.of_batch(s.last), f.state);
       }

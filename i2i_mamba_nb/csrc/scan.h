@@ -8,7 +8,8 @@
 #include <omp.h>
 #include "tile.h"
 
-static const int CHUNK = 32;    // steps between the states that forward keeps for backward; a multiple of TILE
+static const int CHUNK = 32;        // steps between the states that forward keeps for backward; a multiple of TILE
+static const int SPAN = 4*CHUNK;    // steps that a block reads and writes at a time: rows lie in pages of their own, and a visit costs
 
 struct Scan {
   int64_t batch, groups, channels, states, length;      // channels of one group
@@ -48,8 +49,17 @@ struct Block {
     n_channels((int)std::min<int64_t>(W, s.channels - index*W)) {}
 
   char* base(const View& v) const { return v.data + (b*v.batch + g*v.group + index*W*v.channel)*bytes_of(v); }
+  // Steps first..end, at most SPAN, from or to vectors, tile by tile
+  void read(const View& v, int64_t first, int64_t end, V* out) const {
+    for (int64_t t = first; t < end; t += TILE) read_tile(v, base(v), tile(t, end), n_channels, out + (t - first));
+  }
+  void write(const View& v, int64_t first, int64_t end, V* in, bool add) const {
+    for (int64_t t = first; t < end; t += TILE) write_tile(v, base(v), tile(t, end), n_channels, in + (t - first), add);
+  }
   Steps tile(int64_t first, int64_t end) const { return {order, first, (int)std::min<int64_t>(TILE, end - first)}; }
-  void fetch(Fetch& f, const View& v, int64_t first, int steps) const { if (v.data) f.add(v, base(v), first, order, steps); }
+  void fetch(Fetch& f, const View& v, int64_t first) const {
+    if (v.data) f.add(v, base(v), first, order, (int)std::min<int64_t>(SPAN, steps - first));
+  }
   float* border(int64_t step) const {
     return s.borders + (((b*s.groups + g)*blocks_of(s) + index)*up(s.length, CHUNK) + step/CHUNK)*s.states*W;
   }
@@ -76,30 +86,31 @@ struct Block {
   }
 };
 
-// B and C over a few steps: a row of states per step, where it lies if states are side by side, else in a copy.
+// B and C over a span: a row of states per step, where it lies if states are side by side, else in a copy.
 // All blocks of a group share them.
 struct Weights {
   const Scan& s;
   const int64_t padded;
-  const float *B[CHUNK], *C[CHUNK];
+  const float *B[SPAN], *C[SPAN];
   Room<float> copies;
 
-  explicit Weights(const Scan& s): s(s), padded(up(s.states, W)*W), copies(2*CHUNK*padded) {}
-  void rows(const View& v, int64_t b, int64_t g, const Steps& steps, float* copy, const float** row) {
-    const char* base = v.data + (b*v.batch + g*v.group)*bytes_of(v);
+  explicit Weights(const Scan& s): s(s), padded(up(s.states, W)*W), copies(2*SPAN*padded) {}
+  void rows(const View& v, const Block& k, int64_t first, int64_t end, float* copy, const float** row) {
+    const char* base = v.data + (k.b*v.batch + k.g*v.group)*bytes_of(v);
     const bool direct = v.channel == 1 && v.dtype == FLOAT32;
-    for (int t = 0; t < steps.count; t++) row[t] = direct ? (const float*)base + place(steps, t)*v.step : copy + t*padded;
+    for (int64_t t = 0; t < end - first; t++)
+      row[t] = direct ? (const float*)base + place({k.order, first, 0}, (int)t)*v.step : copy + t*padded;
     if (direct || !v.data) return;
     V tile[TILE];
-    for (int64_t n = 0; n < s.states; n += W) {
+    for (int64_t n = 0; n < s.states; n += W) for (int64_t t0 = first; t0 < end; t0 += TILE) {
+      const Steps steps = k.tile(t0, end);
       read_tile(v, base + n*v.channel*bytes_of(v), steps, (int)std::min<int64_t>(W, s.states - n), tile);
-      for (int t = 0; t < steps.count; t++) store(copy + t*padded + n, tile[t]);
+      for (int t = 0; t < steps.count; t++) store(copy + (t0 - first + t)*padded + n, tile[t]);
     }
   }
-  // One tile, as the rows from `at` on
-  void read(int64_t b, int64_t g, const Steps& steps, int at) {
-    rows(s.B, b, g, steps, copies.p + at*padded, B + at);
-    rows(s.C, b, g, steps, copies.p + (CHUNK + at)*padded, C + at);
+  void read(const Block& k, int64_t first, int64_t end) {
+    rows(s.B, k, first, end, copies.p, B);
+    rows(s.C, k, first, end, copies.p + SPAN*padded, C);
   }
 };
 

@@ -75,25 +75,36 @@ static const int PER_OCTAVE = 1;
 #endif
 static const float EXP_SCALE = 1.44269504088896341f*PER_OCTAVE;
 
-template<bool SAFE> INLINE V exp_scaled(V d, V a) {
-  V t = apart(d*a);
-  if (!SAFE) t = smaller(all(130.f*PER_OCTAVE), larger(all(-152.f*PER_OCTAVE), t));
-  V k = t + ROUND, r = t - (k - ROUND);
+// Its constants, for a loop to hold: left to itself the compiler fetches every one from memory at every use, and loads become what
+// the loop waits for. Registers are there for that in AVX-512 only.
+struct Exponential {
 #ifdef __AVX512F__
-  V p = ((r*1.6938536e-6f + 2.3459810e-4f)*r + 2.1660849e-2f)*r + 1.f;
-  VI root = (VI)_mm512_permutex2var_ps(_mm512_load_ps(ROOTS), (__m512i)k, _mm512_load_ps(ROOTS + 16));
-  if (SAFE) return (V)(root + ((VI)k << 18))*p;
-  VI n = (VI)k - ROUND_BITS;
-  p *= (V)(root + ((n & 31) << 18));
-  n >>= 5;
-#else
-  V p = (((((r*1.5321155e-4f + 1.3390162e-3f)*r + 9.6185263e-3f)*r + 5.5503623e-2f)*r + 2.4022648e-1f)*r + 6.9314718e-1f)*r + 1.f;
-  if (SAFE) return (V)((VI)p + ((VI)k << 23));
-  VI n = (VI)k - ROUND_BITS;
+  const V round, c3, c2, c1, one, low, high;
+  INLINE_MEMBER Exponential(): round(apart(all(ROUND))), c3(apart(all(1.6938536e-6f))), c2(apart(all(2.3459810e-4f))),
+    c1(apart(all(2.1660849e-2f))), one(apart(all(1.f))), low(apart(load((const float*)ROOTS))), high(apart(load((const float*)ROOTS + 16))) {}
 #endif
-  VI half = n >> 1;     // in two factors, so that infinity and numbers below the normal range come out right
-  return p*(V)((half + 127) << 23)*(V)((n - half + 127) << 23);
-}
+  template<bool SAFE> INLINE_MEMBER V of(V d, V a) const {
+    V t = apart(d*a);
+    if (!SAFE) t = smaller(all(130.f*PER_OCTAVE), larger(all(-152.f*PER_OCTAVE), t));
+#ifdef __AVX512F__
+    V k = t + round, r = t - (k - round);
+    V p = ((r*c3 + c2)*r + c1)*r + one;
+    VI root = (VI)_mm512_permutex2var_ps((__m512)low, (__m512i)k, (__m512)high);
+    if (SAFE) return (V)(root + ((VI)k << 18))*p;
+    VI n = (VI)k - ROUND_BITS;
+    p *= (V)(root + ((n & 31) << 18));
+    n >>= 5;
+#else
+    V k = t + ROUND, r = t - (k - ROUND);
+    V p = (((((r*1.5321155e-4f + 1.3390162e-3f)*r + 9.6185263e-3f)*r + 5.5503623e-2f)*r + 2.4022648e-1f)*r + 6.9314718e-1f)*r + 1.f;
+    if (SAFE) return (V)((VI)p + ((VI)k << 23));
+    VI n = (VI)k - ROUND_BITS;
+#endif
+    VI half = n >> 1;     // in two factors, so that infinity and numbers below the normal range come out right
+    return p*(V)((half + 127) << 23)*(V)((n - half + 127) << 23);
+  }
+};
+template<bool SAFE> INLINE V exp_scaled(V d, V a) { return Exponential().template of<SAFE>(d, a); }
 INLINE V exp_any(V x) { return exp_scaled<false>(x, all(EXP_SCALE)); }
 INLINE V exp_of_negative(V x) { return exp_scaled<true>(larger(all(-EXP_SAFE), x), all(EXP_SCALE)); }
 
@@ -117,7 +128,7 @@ INLINE V sigmoid(V x) {
   return x >= 0 ? r : q*r;
 }
 
-// ---- lanes against rows: W x W transposition, and sums over the lanes of W vectors as the lanes of one.
+// ---- lanes against rows: W x W transposition, and sums over the lanes of several vectors.
 // Both go pairs, quads, then across quads: shuffles inside a quarter are the cheap ones.
 #ifdef __SSE2__
 #if W == 16
@@ -170,17 +181,21 @@ INLINE void transpose(V* r) {
   for (int i = 0; i < 8; i++) r[i] = s[i];
 #endif
 }
-INLINE V sums(const V* v) {
-  V s[W];
-  #pragma GCC unroll 8
-  for (int i = 0; i < W/2; i++) s[i] = pairs_low(v[2*i], v[2*i + 1]) + pairs_high(v[2*i], v[2*i + 1]);
+// Sums over lanes of M = 2, 4 or 8 vectors at once, as far as sharing a register goes: FOLDED<M> floats, in which the sum of vector i is
+// that of the `copies` floats from `first` on, STRIDE apart
+template<int M> struct Folded {
+  static const int FLOATS = M > W ? M : W, STRIDE = M < 4 ? M : 4, COPIES = FLOATS/M;
+  static int first(int i) { return M == 8 ? i/4*(FLOATS/2) + i%4 : i; }
+};
+template<int M> INLINE void fold(const V* v, V* out) {
+  V s[M];
   #pragma GCC unroll 4
-  for (int i = 0; i < W/4; i++) s[i] = quads_low(s[2*i], s[2*i + 1]) + quads_high(s[2*i], s[2*i + 1]);
-#if W > 4
+  for (int i = 0; i < M/2; i++) s[i] = pairs_low(v[2*i], v[2*i + 1]) + pairs_high(v[2*i], v[2*i + 1]);
   #pragma GCC unroll 2
-  for (int n = W/8; n >= 1; n /= 2)
-    #pragma GCC unroll 2
-    for (int i = 0; i < n; i++) s[i] = across_low(s[2*i], s[2*i + 1]) + across_high(s[2*i], s[2*i + 1]);
+  for (int i = 0; i < M/4; i++) s[i] = quads_low(s[2*i], s[2*i + 1]) + quads_high(s[2*i], s[2*i + 1]);
+#if W > 4
+  if (M == 8) s[0] = across_low(s[0], s[1]) + across_high(s[0], s[1]);
 #endif
-  return s[0];
+  #pragma GCC unroll 2
+  for (int i = 0; i < Folded<M>::FLOATS/W; i++) out[i] = s[i];
 }

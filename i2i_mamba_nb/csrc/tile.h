@@ -135,27 +135,26 @@ static void write_tile(const View& v, char* base, const Steps& s, int n_channels
 // What will be needed soon is asked for line by line between the steps of the recurrence: memory works while the lanes
 // compute. All at once, the requests would queue up and the lanes would wait for them.
 struct Fetch {
-  static const int MOST = 512;
-  const char* line[MOST];
-  int n = 0, at = 0;
+  struct Stream { const char* base; int64_t row; const int64_t* order; int lines, shift; };
+  Stream streams[8];
+  int n = 0;
 
-  void add(const char* p) { if (n < MOST) line[n++] = p; }
-  // `steps` steps of W channels: a line for every step where channels lie side by side, else one for 16 steps of a channel
+  // `steps` steps of W channels: a line for every step where channels lie side by side, else a few for every channel
   void add(const View& v, const char* base, int64_t first, const int64_t* order, int steps) {
-    const int64_t size = bytes_of(v), row = v.step*size;
-    if (order) for (int t = 0; t < steps; t++) add(base + order[first + t]*row);
-    else if (v.channel == 1) for (int t = 0; t < steps; t++) add(base + (first + t)*row);
-    else for (int i = 0; i < W; i++) for (int t = 0; t < steps; t += 16) add(base + i*v.channel*size + (first + t)*row);
+    const int64_t size = bytes_of(v);
+    if (order || v.channel == 1) streams[n++] = {order ? base : base + first*v.step*size, v.step*size, order ? order + first : nullptr, steps, 0};
+    else {
+      int shift = 0;      // 1 << shift lines for every channel
+      while (64 << shift < steps*size) shift++;
+      streams[n++] = {base + first*v.step*size, v.channel*size, nullptr, W << shift, shift};
+    }
   }
-  // Called at most `calls` times, two lines each: the rest at once
-  void spread(int64_t calls) {
-    for (; n - at > 2*calls; at++) __builtin_prefetch(line[at], 0, 2);
-    if (n % 2) add(line[n - 1]);
-  }
-  INLINE_MEMBER void step() {
-    if (at + 2 > n) return;
-    __builtin_prefetch(line[at], 0, 2);
-    __builtin_prefetch(line[at + 1], 0, 2);
-    at += 2;
+  void add(const float* p, int64_t count) { streams[n++] = {(const char*)p, 64, nullptr, (int)(count/16), 0}; }
+  // Step t of one of `turns` passes over the same steps
+  INLINE_MEMBER void step(int t, int turn, int turns) const {
+    for (int i = turn; i < n; i += turns) {
+      const Stream& s = streams[i];
+      if (t < s.lines) __builtin_prefetch(s.base + (s.order ? s.order[t] : t >> s.shift)*s.row + (t & ((1 << s.shift) - 1))*64, 0, 2);
+    }
   }
 };
