@@ -26,7 +26,7 @@ from machine import Others, described
 from mambapy.pscan import pscan
 
 from i2i_mamba_nb.core import write_json
-from i2i_mamba_nb.ssm.cpu_kernel import (BUILDS, OrderedInputs, build_path, cpu_backward, cpu_forward, kernel, load_build, new,
+from i2i_mamba_nb.ssm.cpu_kernel import (BUILDS, OrderedInputs, Pool, build_path, cpu_backward, cpu_forward, kernel, load_build, new,
     ordered_backward, ordered_forward)
 from i2i_mamba_nb.ssm.parallel import chunked_forward
 from i2i_mamba_nb.ssm.recurrence import ScanInputs, reference
@@ -116,13 +116,12 @@ def borders():
     size = dict(borders=4*kept.numel(), all_states=4*b*d*l*n, u=4*b*d*l)
     return dict(race(dict(kept=forward(x, keep=True), dropped=forward(x))), bytes=size, chunk=build.chunk)
 
-def large_pages():
-    "Writing 64 MiB of fresh memory once, and a forward pass whose output is fresh each time"
-    build, x = kernel(), given((4, 512, 4096))
-    small = without(build, scan_large_pages=lambda *_: None)
-    touch = lambda k: lambda: new(k, shape=2**24).fill_(1.)
-    return dict(touch=race(dict(large=touch(build), small=touch(small))),
-        forward=race(dict(large=forward(x, build=build), small=forward(x, build=small))))
+def memory():
+    "Writing 64 MiB once: in fresh memory, in fresh memory of large pages, in memory that the pool kept"
+    nothing, size = Pool(0), 2**24
+    touch = lambda make: lambda: make().fill_(1.)
+    return dict(touch=race(dict(kept=touch(lambda: new(shape=size)), large=touch(lambda: new(shape=size, pool=nothing)),
+        small=touch(lambda: torch.empty(size)))))
 
 def segments():
     "Few channels and a long sequence: the length is split, or one thread works while the other waits"
@@ -189,7 +188,9 @@ def lengths():
 
 # ---------------------------------------------------------------- ideas that need a compiler: the kernel with a line changed
 CHANGES = {'as it is': [],
-    'no fetching ahead': [('tile.h', f'__builtin_prefetch(line[{at}], 0, 2);', '') for at in ('at', 'at + 1')],
+    'no fetching ahead': [('tile.h', 'if (t < s.lines) __builtin_prefetch', 'if (t < 0) __builtin_prefetch')],
+    'a span of 32 steps': [('scan.h', 'SPAN = 4*CHUNK;', 'SPAN = CHUNK;')],
+    'constants from memory': [('simd.h', 'apart(all(', '(all('), ('simd.h', 'apart(load(', '(load(')],
     'one block at a time': [('forward.h', 'STRIP = 4;', 'STRIP = 1;')],
     'four states at a time': [('forward.h', 'FORWARD_STATES = 16;', 'FORWARD_STATES = 4;')]}
 
@@ -305,7 +306,7 @@ def main():
         others = Others()
         result['limits'] = limits(Path(folder)) if made else None
         result['taken_out'] = taken_out(made) if made else None
-        for f in (builds, layouts, thread_counts, borders, large_pages, segments, softplus, clamping, states, halves, orders, lengths):
+        for f in (builds, layouts, thread_counts, borders, memory, segments, softplus, clamping, states, halves, orders, lengths):
             result[f.__name__] = f()
             print(f'{f.__name__}: {result[f.__name__]}', flush=True)
     cores = others.cores()

@@ -114,11 +114,14 @@ def milliseconds(call):
     return 1e3*(time.perf_counter()-start)
 
 def interleaved(calls, rounds, *, most=None, turn=.05):
-    """Milliseconds of calls taken in turns; every round gives each at least one run and up to `turn` seconds. The first run does not count.
+    """Milliseconds of calls taken in turns; every round gives each at least one run and up to `turn` seconds. The first two do not count.
 
     most: name -> number of runs, for calls so slow that fewer do; their first one counts, so let them run once before.
     """
-    first, few = {k: milliseconds(f) for k, f in calls.items()}, most or {}
+    few = most or {}
+    for k, f in calls.items():
+        if k not in few: f()        # what a first call brings with it must not decide how many runs fit into a turn
+    first = {k: milliseconds(f) for k, f in calls.items()}
     runs = {k: max(1, min(200, int(1e3*turn/max(v, 1e-3)))) for k, v in first.items()}
     taken = {k: [first[k]] if k in few else [] for k in calls}
     for _ in range(rounds):

@@ -216,7 +216,7 @@ def building(
         return network(**config)
     return build
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #9ac80e10
+# %% ../../nbs/4_blocks/40_conv.ipynb #4c5e1bd1
 def _scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs):
     "FLOPs of one selective scan: 9 B L D N for the recurrence, 2 B L D for its ends"
     (b, d, length), n = u_shape, A_shape[-1]
@@ -228,6 +228,6 @@ def multiply_adds(
 ):
     "Multiply-adds of one forward pass, scans included. One multiply-add is two FLOPs"
     from torch.utils.flop_counter import FlopCounterMode
-    scan = {getattr(torch.ops.i2i_mamba_nb, scan_op._name): _scan_flops}
+    scan = {scan_op.overloadpacket: _scan_flops}
     with FlopCounterMode(display=False, custom_mapping=scan) as counter, torch.no_grad(): network(*inputs)
     return counter.get_total_flops()//2

@@ -2,9 +2,6 @@
 // Every function is reentrant: all memory belongs to the call or to the caller. Same inputs and threads, same bits.
 #include "forward.h"
 #include "backward.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 extern "C" {
 // The caller's description of Scan must be as large as ours
@@ -29,14 +26,6 @@ int64_t scan_segments(const Scan* s) {
   const int64_t units = s->batch*(s->merge ? 1 : s->groups)*blocks_of(*s);
   if (s->merge || s->lengths || units == 0 || s->threads < 2*units) return 1;
   return std::max<int64_t>(1, std::min(s->threads/units, s->length/(8*CHUNK)));
-}
-
-// New memory arrives page by page, each cleared by the system when first touched; large pages do it six times faster
-void scan_large_pages(char* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const int64_t page = 4096, start = ((int64_t)p + page - 1)/page*page, end = ((int64_t)p + bytes)/page*page;
-  if (end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#endif
 }
 
 void scan_forward(const Scan* s) { forward(*s); }

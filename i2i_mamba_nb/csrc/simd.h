@@ -65,6 +65,7 @@ static const int32_t ROUND_BITS = 0x4b400000;
 static const float EXP_SAFE = 87.f;     // |d a| up to here needs no clamping
 #ifdef __AVX512F__
 static const int PER_OCTAVE = 32;
+static const float POLYNOMIAL[] = {1.6938536e-6f, 2.3459810e-4f, 2.1660849e-2f, 1.f};     // of r, highest power first
 alignas(64) static const uint32_t ROOTS[32] = {     // bits of 2^(j/32), less what k << 18 puts there beside the exponent
   0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
   0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
@@ -72,6 +73,7 @@ alignas(64) static const uint32_t ROOTS[32] = {     // bits of 2^(j/32), less wh
   0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 #else
 static const int PER_OCTAVE = 1;
+static const float POLYNOMIAL[] = {1.5321155e-4f, 1.3390162e-3f, 9.6185263e-3f, 5.5503623e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f};
 #endif
 static const float EXP_SCALE = 1.44269504088896341f*PER_OCTAVE;
 
@@ -80,8 +82,9 @@ static const float EXP_SCALE = 1.44269504088896341f*PER_OCTAVE;
 struct Exponential {
 #ifdef __AVX512F__
   const V round, c3, c2, c1, one, low, high;
-  INLINE_MEMBER Exponential(): round(apart(all(ROUND))), c3(apart(all(1.6938536e-6f))), c2(apart(all(2.3459810e-4f))),
-    c1(apart(all(2.1660849e-2f))), one(apart(all(1.f))), low(apart(load((const float*)ROOTS))), high(apart(load((const float*)ROOTS + 16))) {}
+  INLINE_MEMBER Exponential(): round(apart(all(ROUND))), c3(apart(all(POLYNOMIAL[0]))), c2(apart(all(POLYNOMIAL[1]))),
+    c1(apart(all(POLYNOMIAL[2]))), one(apart(all(POLYNOMIAL[3]))), low(apart(load((const float*)ROOTS))),
+    high(apart(load((const float*)ROOTS + 16))) {}
 #endif
   template<bool SAFE> INLINE_MEMBER V of(V d, V a) const {
     V t = apart(d*a);
@@ -95,8 +98,9 @@ struct Exponential {
     p *= (V)(root + ((n & 31) << 18));
     n >>= 5;
 #else
-    V k = t + ROUND, r = t - (k - ROUND);
-    V p = (((((r*1.5321155e-4f + 1.3390162e-3f)*r + 9.6185263e-3f)*r + 5.5503623e-2f)*r + 2.4022648e-1f)*r + 6.9314718e-1f)*r + 1.f;
+    V k = t + ROUND, r = t - (k - ROUND), p = all(POLYNOMIAL[0]);
+    #pragma GCC unroll 6
+    for (int i = 1; i < 7; i++) p = p*r + POLYNOMIAL[i];
     if (SAFE) return (V)((VI)p + ((VI)k << 23));
     VI n = (VI)k - ROUND_BITS;
 #endif
