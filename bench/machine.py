@@ -113,7 +113,7 @@ def milliseconds(call):
     call()
     return 1e3*(time.perf_counter()-start)
 
-def interleaved(calls, rounds, *, most=None, turn=.05):
+def interleaved(calls, rounds, *, most=None, turn=.3):
     """Milliseconds of calls taken in turns; every round gives each at least one run and up to `turn` seconds. The first two do not count.
 
     most: name -> number of runs, for calls so slow that fewer do; their first one counts, so let them run once before.
