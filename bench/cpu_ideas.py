@@ -137,7 +137,7 @@ def softplus():
     return race({'with': forward(x), 'without': forward(positive, False)})
 
 def clamping():
-    "Exponents known to be in range, or clamped: one state in each block decays so fast that every tile takes the careful path"
+    "Exponents known to be in range, or clamped: one state in each block decays so fast that every span takes the careful path"
     x = given(S1)
     A = x.A.clone()
     A[:, 0] = -1e5

@@ -1,5 +1,5 @@
-// Backward: span by span and chunk by chunk from the end. Inside a chunk the states are run once more from the state that forward kept, then
-// the gradient g of the state walks back:  g[t] = C[t] gy[t] + exp(dt[t+1] A) g[t+1].
+// Backward: span by span and chunk by chunk from the end. Inside a chunk the states are run once more from the state that
+// forward kept, then the gradient g of the state walks back:  g[t] = C[t] gy[t] + exp(dt[t+1] A) g[t+1].
 // Gradients of B and C are sums over channels: lanes are folded at once, blocks add up in a thread's own buffer.
 #pragma once
 #include "forward.h"
@@ -31,9 +31,9 @@ struct Sums {
 // K states of one chunk, the steps from..to of a span, there and back; `add`: to the sums of other blocks
 template<int K, bool SAFE, bool FB, bool FC, bool GATED>
 INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n, const float* border, const V* a_of, V* g, V* of_a,
-                      const V* fixed_B, const V* fixed_C, V* of_fixed_B, V* of_fixed_C, Trail<K>* trail, float* sums, bool add) {
+                      const V* fixed_B, const V* fixed_C, V* of_fixed_B, V* of_fixed_C, Trail<K>* trail, float* sums, bool add,
+                      int turn, int turns) {
   const Exponential exponential;
-  const int turn = (int)n/K, turns = (int)up(w.s.states, K);
   V h[K], later[K], sum_a[K], a[K];
   for (int i = 0; i < K; i++) h[i] = load(border + (n + i)*W), a[i] = a_of[n + i];
   for (int t = from; t < to; t++) {
@@ -74,8 +74,8 @@ INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n
     x.of_decay[t] += s2;
     if (FB && FC) continue;
     fold<2*K>(of_weights, folded);
-    float* to = sums + t*Folded<2*K>::FLOATS;
-    for (int i = 0; i < Folded<2*K>::FLOATS; i += W) store(to + i, add ? folded[i/W] + load(to + i) : folded[i/W]);
+    float* row = sums + t*Folded<2*K>::FLOATS;
+    for (int i = 0; i < Folded<2*K>::FLOATS; i += W) store(row + i, add ? folded[i/W] + load(row + i) : folded[i/W]);
   }
   for (int i = 0; i < K; i++) g[n + i] = later[i], of_a[n + i] = sum_a[i];
 }
@@ -121,11 +121,13 @@ struct Backward {
   // ... all states there and back, chunk by chunk ...
   template<bool SAFE, bool FB, bool FC, bool GATED>
   void walk(int64_t first, int count, BackSpan& x, const Weights& w, void* trail, Sums to, bool add) {
-    for (int from = (count - 1)/CHUNK*CHUNK; from >= 0; from -= CHUNK)
+    for (int from = (count - 1)/CHUNK*CHUNK; from >= 0; from -= CHUNK) {
+      int turn = 0;
       for_states<BACK_STATES>(0, N, [&](auto K, int64_t n) {
         walk_back<K.value, SAFE, FB, FC, GATED>(x, from, std::min(count, from + CHUNK), w, n, k.border(first + from), a, g, of_a,
-          fixed_B, fixed_C, of_fixed_B, of_fixed_C, (Trail<K.value>*)trail, to.of<K.value>(n), add);
+          fixed_B, fixed_C, of_fixed_B, of_fixed_C, (Trail<K.value>*)trail, to.of<K.value>(n), add, turn++, pieces<BACK_STATES>(N));
       });
+    }
   }
   void run(int64_t first, int count, BackSpan& x, const Weights& w, void* trail, Sums to, bool add) {
     auto go = [&](auto SAFE, auto FB, auto FC) {
@@ -173,11 +175,13 @@ struct Backward {
       const int64_t t1 = std::min(end, t0 + SPAN);
       begin(t0, t1, x);
       w.read(k, t0, t1);
+      V sum{};
       for (int t = (int)(t1 - t0) - 1; t >= 0; t--) {
-        total += x.dt[t];
+        sum += x.dt[t];
         for (int64_t n = 0; n < N; n++)
           g[n] = exp_scaled<false>(x.dt[t], a[n])*(g[n] + x.gy[t]*(k.s.fixed_C ? fixed_C[n] : all(w.C[t][n])));
       }
+      total += sum;
     }
     for (int64_t n = 0; n < N; n++) out[n] = g[n];
     out[N] = total;
@@ -194,7 +198,7 @@ struct Walk {
   Room<Trail<BACK_STATES>> trail;
   explicit Walk(const Scan& s): w(s), span(1), trail(CHUNK) {}
 
-  // `start`: where the earliest of the spans to come begins
+  // `start`: where the stretch begins
   void run(std::vector<Backward>& strip, int64_t start, int64_t first, int64_t end, Sums to, bool add) {
     BackSpan& x = *span.p;
     w.read(strip[0].k, first, end);
@@ -230,7 +234,8 @@ static void put_gradient(const Scan& s, const Block& k, int which, int64_t first
     });
     for (int64_t n = 0; n < s.states; n += W) {
       for (int t = 0; t < steps.count; t++) tile[t] = load(rows.p + t*padded + n);
-      write_tile(v, v.data + (k.b*v.batch + k.g*v.group + n*v.channel)*bytes_of(v), steps, (int)std::min<int64_t>(W, s.states - n), tile, false);
+      char* base = v.data + (k.b*v.batch + k.g*v.group + n*v.channel)*bytes_of(v);
+      write_tile(v, base, steps, (int)std::min<int64_t>(W, s.states - n), tile, false);
     }
   }
 }
@@ -305,7 +310,7 @@ static void backward(const Scan& s) {
         if (steps <= 0) continue;
         const int64_t share = up(up(steps, TILE), plan.members)*TILE, t0 = std::min(steps, member*share), t1 = std::min(steps, t0 + share);
         const Sums total{sums_at(thread - member, turn), t0};
-        for (int64_t m = 1; m < plan.members; m++)
+        for (int64_t m = 1; m < plan.members && !(s.fixed_B && s.fixed_C); m++)
           for_states<BACK_STATES>(0, N, [&](auto K, int64_t n) {
             const Sums other{sums_at(thread - member + m, turn), t0};
             float *p = total.of<K.value>(n), *q = other.of<K.value>(n);

@@ -21,9 +21,8 @@ struct Span {
 // same over time.
 template<int K, bool SAFE, bool FB, bool FC, bool OUT>
 INLINE void advance(const Span& x, int from, int to, const Weights& w, V* state, const V* a, int64_t n,
-                    const V* fixed_B, const V* fixed_C, V* y) {
+                    const V* fixed_B, const V* fixed_C, V* y, int turn, int turns) {
   const Exponential exponential;
-  const int turn = (int)n/K, turns = (int)up(w.s.states, K);
   V h[K];
   for (int i = 0; i < K; i++) h[i] = state[n + i];
   for (int t = from; t < to; t++) {
@@ -73,8 +72,13 @@ struct Forward {
     if (k.s.borders) f.add(k.border(first), SPAN/CHUNK*N*W);
   }
   template<bool OUT> void run(const Span& x, int from, int to, const Weights& w, V* y) {
-    auto go = [&](auto K, auto SAFE, auto FB, auto FC) { for_states<K.value>(0, N, [&](auto K, int64_t n) {
-      advance<K.value, SAFE.value, FB.value, FC.value, OUT>(x, from, to, w, state, a, n, fixed_B, fixed_C, y); }); };
+    auto go = [&](auto MOST, auto SAFE, auto FB, auto FC) {
+      int turn = 0;
+      for_states<MOST.value>(0, N, [&](auto K, int64_t n) {
+        advance<K.value, SAFE.value, FB.value, FC.value, OUT>(x, from, to, w, state, a, n, fixed_B, fixed_C, y, turn++,
+          pieces<MOST.value>(N));
+      });
+    };
     const std::true_type yes;
     const std::false_type no;
     const std::integral_constant<int, 4> few;
@@ -110,7 +114,9 @@ struct Forward {
       read(t0, t1, x);
       w.read(k, t0, t1);
       run<false>(x, 0, (int)(t1 - t0), w, nullptr);
-      for (int t = 0; t < t1 - t0; t++) total += x.dt[t];
+      V sum{};       // a long sum in two levels: it becomes an exponent, where its rounding errors would count
+      for (int t = 0; t < t1 - t0; t++) sum += x.dt[t];
+      total += sum;
     }
     for (int64_t n = 0; n < N; n++) out[n] = state[n];
     out[N] = total;

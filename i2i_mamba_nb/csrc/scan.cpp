@@ -21,11 +21,12 @@ int64_t scan_runs_here() {
 #endif
 }
 
-// Stretches to cut the length into: enough to give every thread one, none shorter than 8 chunks
+// Stretches to cut the length into: enough to give every thread one, none but the last shorter than 8 chunks
 int64_t scan_segments(const Scan* s) {
   const int64_t units = s->batch*(s->merge ? 1 : s->groups)*blocks_of(*s);
   if (s->merge || s->lengths || units == 0 || s->threads < 2*units) return 1;
-  return std::max<int64_t>(1, std::min(s->threads/units, s->length/(8*CHUNK)));
+  const int64_t chunks = up(s->length, CHUNK), most = std::max<int64_t>(1, std::min(s->threads/units, chunks/8));
+  return up(chunks, up(chunks, most));
 }
 
 void scan_forward(const Scan* s) { forward(*s); }

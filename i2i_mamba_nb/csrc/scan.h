@@ -3,7 +3,6 @@
 // Lanes are channels: W neighbouring channels of one group go through time side by side, their states held in registers.
 #pragma once
 #include <cstdlib>
-#include <memory>
 #include <type_traits>
 #include <omp.h>
 #include "tile.h"
@@ -114,11 +113,12 @@ struct Weights {
   }
 };
 
-// Calls f(K, n) for pieces of K states, K a compile-time number: as many at a time as the registers hold
+// Calls f(K, n) for pieces of K states, K a compile-time number: as many at a time as the registers hold. There are pieces<MOST>(N).
 template<int K, class F> INLINE void for_states(int64_t n, int64_t N, F f) {
   for (; n + K <= N; n += K) f(std::integral_constant<int, K>(), n);
   if constexpr (K > 1) for_states<K/2>(n, N, f);
 }
+template<int MOST> INLINE int pieces(int64_t N) { return (int)(N/MOST + __builtin_popcountll(N % MOST)); }
 
 // Stretches of the length, cut at chunk borders
 INLINE int64_t segment_start(const Block& k, int64_t i) {

@@ -1,5 +1,5 @@
 // Vectors of W channels, and what a scan does with them: exponential, softplus, sigmoid, transposition, sums over lanes.
-// The compiler's vector types do the work (GCC, clang); only the table look-up of AVX-512 is called by name.
+// The compiler's vector types do the work (GCC, clang); where they have no word for a move, intrinsics do.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -77,8 +77,8 @@ static const float POLYNOMIAL[] = {1.5321155e-4f, 1.3390162e-3f, 9.6185263e-3f, 
 #endif
 static const float EXP_SCALE = 1.44269504088896341f*PER_OCTAVE;
 
-// Its constants, for a loop to hold: left to itself the compiler fetches every one from memory at every use, and loads become what
-// the loop waits for. Registers are there for that in AVX-512 only.
+// Its constants, for a loop to hold: left to itself the compiler fetches every one from memory at every use. Registers are there for
+// that in AVX-512 only.
 struct Exponential {
 #ifdef __AVX512F__
   const V round, c3, c2, c1, one, low, high;
@@ -109,7 +109,6 @@ struct Exponential {
   }
 };
 template<bool SAFE> INLINE V exp_scaled(V d, V a) { return Exponential().template of<SAFE>(d, a); }
-INLINE V exp_any(V x) { return exp_scaled<false>(x, all(EXP_SCALE)); }
 INLINE V exp_of_negative(V x) { return exp_scaled<true>(larger(all(-EXP_SAFE), x), all(EXP_SCALE)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(q) with q = e^-|x|, and log1p(q) = 2 atanh(s), s = q/(2 + q): a series in s^2 <= 1/9
@@ -185,8 +184,8 @@ INLINE void transpose(V* r) {
   for (int i = 0; i < 8; i++) r[i] = s[i];
 #endif
 }
-// Sums over lanes of M = 2, 4 or 8 vectors at once, as far as sharing a register goes: FOLDED<M> floats, in which the sum of vector i is
-// that of the `copies` floats from `first` on, STRIDE apart
+// Sums over lanes of M = 2, 4 or 8 vectors at once, as far as sharing a register goes: FLOATS numbers, in which the sum of vector i is
+// that of COPIES numbers from first(i) on, STRIDE apart
 template<int M> struct Folded {
   static const int FLOATS = M > W ? M : W, STRIDE = M < 4 ? M : 4, COPIES = FLOATS/M;
   static int first(int i) { return M == 8 ? i/4*(FLOATS/2) + i%4 : i; }

@@ -90,7 +90,8 @@ static void read_tile(const View& v, const char* base, const Steps& s, int n_cha
   } else
     for (int t = 0; t < TILE; t++) {
       V row{};
-      if (t < s.count) for (int i = 0; i < n_channels; i++) row[i] = read_row(base + (i*v.channel + place(s, t)*v.step)*size, v.dtype, 1)[0];
+      if (t < s.count) for (int i = 0; i < n_channels; i++)
+        row[i] = read_row(base + (i*v.channel + place(s, t)*v.step)*size, v.dtype, 1)[0];
       out[t] = row;
     }
 }
@@ -141,13 +142,12 @@ struct Fetch {
 
   // `steps` steps of W channels: a line for every step where channels lie side by side, else a few for every channel
   void add(const View& v, const char* base, int64_t first, const int64_t* order, int steps) {
-    const int64_t size = bytes_of(v);
-    if (order || v.channel == 1) streams[n++] = {order ? base : base + first*v.step*size, v.step*size, order ? order + first : nullptr, steps, 0};
-    else {
-      int shift = 0;      // 1 << shift lines for every channel
-      while (64 << shift < steps*size) shift++;
-      streams[n++] = {base + first*v.step*size, v.channel*size, nullptr, W << shift, shift};
-    }
+    const int64_t size = bytes_of(v), row = v.step*size;
+    if (order) { streams[n++] = {base, row, order + first, steps, 0}; return; }
+    if (v.channel == 1) { streams[n++] = {base + first*row, row, nullptr, steps, 0}; return; }
+    int shift = 0;      // 1 << shift lines for every channel
+    while (64 << shift < steps*size) shift++;
+    streams[n++] = {base + first*row, v.channel*size, nullptr, W << shift, shift};
   }
   void add(const float* p, int64_t count) { streams[n++] = {(const char*)p, 64, nullptr, (int)(count/16), 0}; }
   // Step t of one of `turns` passes over the same steps

@@ -50,7 +50,7 @@ def view(x, group=0, step=-1, channel=-2) -> View:
 
 def address(x): "Where a tensor's numbers start; None is no tensor"; return None if x is None else x.data_ptr()
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #a776c315
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #9aee313d
 def parameter(x):
     "float32, contiguous: how the kernel wants what has no time axis"
     return None if x is None else x.detach().float().contiguous()
@@ -81,29 +81,37 @@ class Pool:
         return room
 
     def give(self, size, memory):
-        "Keep memory for the next result of its size. More than `most` in all: what lay there from other times goes"
+        "Keep memory for the next result of its size. More than `most` in all: sizes that were not given for longest go"
         if size > self.most: return
-        if size+sum(k*len(v) for k, v in list(self.free.items())) > self.most: self.free.clear()
-        self.free.setdefault(size, []).append(memory)
+        while self.free and size+sum(k*len(self.free.get(k, ())) for k in tuple(self.free)) > self.most:
+            self.free.pop(next(iter(tuple(self.free)), None), None)
+        self.free[size] = [*self.free.pop(size, ()), memory]
 
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #b1d73c52
 POOL = Pool()
 
-def new(x=None, shape=None, zero=False, pool=POOL) -> Tensor:
-    "Memory for a result: like `x`, layout included, or float32 of a shape; large ones out of the pool"
-    if shape is not None: x = torch.empty(shape, dtype=torch.float32, device='meta')
-    size = x.numel()*x.element_size()
-    if size < POOLED: out = torch.empty_like(x, device='cpu')
-    else:
-        storage = torch.frombuffer(pool.take(size), dtype=x.dtype, count=x.numel()).untyped_storage()
-        out = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, torch.empty_like(x, device='meta').stride())
+def new(
+    x: Tensor | None = None,    # model for shape, layout and dtype
+    *,
+    shape=None,                 # or a shape, for float32
+    zero: bool = False,         # whether it is filled with zeros
+    pool: Pool = POOL,          # where large ones come from
+) -> Tensor:                    # contents arbitrary unless `zero`; a large one cannot be resized in place
+    "Memory for a result; from 8 MiB on out of the pool, which the process shares because the system's own allocator is shared too"
+    out = torch.empty_like(x) if shape is None else torch.empty(shape, dtype=torch.float32, device='cpu')
+    size = out.numel()*out.element_size()
+    if size >= POOLED:      # the room that torch made was never touched, so nothing but its address is given up
+        with suppress(OSError, AttributeError):     # no memory to be had, or a system without such calls: torch's room it is
+            storage = torch.frombuffer(pool.take(size), dtype=out.dtype, count=out.numel()).untyped_storage()
+            out.set_(storage, 0, out.shape, out.stride())
     return out.zero_() if zero else out
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #c049850e
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #f81d0287
 SMALL = 2**15       # states x steps below which a second thread costs more than it brings
 
 def n_threads(work) -> int: "torch's number of threads, one for little work"; return 1 if work < SMALL else torch.get_num_threads()
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8fc8d27a
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8596434b
 class Kernel(NamedTuple):
     "One build of the compiled scan"
     name: str       # instruction set
@@ -115,14 +123,14 @@ BUILDS = 'avx512', 'avx2', 'sse2', 'neon'       # best first
 
 def build_path(name) -> Path: "Where setup.py puts a build"; return Path(str(files('i2i_mamba_nb')/'csrc'/f'scan_{name}.so'))
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #d8c1b212
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #633c4e21
 def check_file(path: Path) -> None:
     "OSError unless the file ends in the SHA-256 digest of what comes before it, as setup.py wrote it: a damaged library could crash"
     if not path.exists(): raise OSError('it was not built: no C++ compiler when this package was installed, or another processor')
     data = path.read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]: raise OSError('the file is damaged: its digest does not fit its content')
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #2d4f651e
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #dc8f84e2
 def load_build(
     name: str,      # an instruction set out of `BUILDS`
     folder: Path | None = None,     # where to look, the package's csrc unless given
@@ -136,7 +144,7 @@ def load_build(
     if not library.scan_runs_here(): raise OSError('this processor does not know its instructions')
     return Kernel(name, library, library.scan_width(), library.scan_chunk())
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #dc1614e0
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8bd069f4
 def find_kernel(folder: Path | None = None) -> tuple[Kernel | None, dict[str, str]]:
     "The best build that loads, or None, and why those before it do not; I2I_MAMBA_SCAN names one build to the exclusion of others"
     wanted, reasons = os.environ.get('I2I_MAMBA_SCAN'), {}
@@ -156,12 +164,12 @@ def kernel() -> Kernel | None:
     damaged = {k: v for k, v in reasons.items() if 'damaged' in v or 'version' in v}
     if found is None or damaged:
         why = told(damaged or reasons)
-        instead = f'the build for {found.name}' if found else "backend 'chunked', about twenty times slower"
+        instead = f'the build for {found.name}' if found else "backend 'chunked', about ten times slower"
         warnings.warn(f'Compiled scan not as it should be ({why}). Scans run on {instead}. Install a C++ compiler and this package again.',
             RuntimeWarning, stacklevel=2)
     return found
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #4c5c8145
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #bc58c2b9
 def build_reasons() -> dict[str, str]: "Why builds better than the one in use, or all, are not in use"; return find_kernel()[1]
 
 def cpu_takes(
@@ -173,15 +181,21 @@ def cpu_takes(
         if x.device.type not in ('cpu', 'meta'): return f'{name} is on device {x.device}, the compiled kernel runs on the CPU'
         if x.dtype not in DTYPES: return f'{name} has dtype {x.dtype}, the compiled kernel takes float32, bfloat16 and float16'
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #12f49e56
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8cef2e3b
 def n_groups(B, C): "Groups of B and C, which are equal (see `equal_groups`)"; return max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
+
+def _demand_borders(borders, size):
+    "RuntimeError unless forward kept what backward needs, for this build"
+    if borders.numel() != size:
+        raise RuntimeError(f'scan: given {borders.numel()} border states, expected {size}: its forward was told that no gradient would follow. '
+            'Trace or call it with an input that requires a gradient.')
 
 def border_size(inputs: ScanInputs, width: int, chunk: int):
     "Numbers kept for backward: a state per chunk and channel, channels filled up to whole vectors"
     (b, d, l), g = inputs.u.shape, n_groups(inputs.B, inputs.C)
     return b*g*((d//g+width-1)//width)*((l+chunk-1)//chunk)*inputs.A.shape[1]*width
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #6b17b41d
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #df403f36
 def _job(inputs, softplus, threads):
     "The call's description and the tensors it points to"
     b, d, l = inputs.u.shape
@@ -202,7 +216,7 @@ def _weight(s, name, x):
     setattr(s, f'fixed_{name}', address(fixed))
     return fixed
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #c3ca134b
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #28e94973
 @torch.no_grad()
 def cpu_forward(
     inputs: ScanInputs,     # checked tensors, B and C with equal groups; float32, bfloat16 or float16
@@ -223,7 +237,7 @@ def cpu_forward(
     if y.numel(): build.library.scan_forward(ctypes.byref(s))
     return y, last, borders
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #d3575c39
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #ff68b9b4
 def _shared(s, inputs):
     "Room for gradients of what all time steps share, one copy per batch entry and stretch"
     parts, d, n = s.batch*s.segments, s.groups*s.channels, s.states
@@ -238,7 +252,7 @@ def _point(s, shared, flowing, initial):
     for k in 'B', 'C': setattr(s, f'grad_{k}', view(flowing.get(k)))
     s.grad_initial = address(initial)
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #17673166
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #66d88ff6
 @torch.no_grad()
 def cpu_backward(
     grad_y: Tensor,         # (b d l) gradient of y
@@ -252,6 +266,7 @@ def cpu_backward(
 ) -> ScanInputs:            # gradients in shape and dtype of the inputs, None for absent ones
     "Gradients of the scan on the compiled kernel"
     build = build or kernel()
+    _demand_borders(borders, border_size(inputs, build.width, build.chunk))
     s, _kept = _job(inputs, softplus, threads)
     s.segments = build.library.scan_segments(ctypes.byref(s))
     flowing = {k: new(x) for k, x in inputs._asdict().items() if x is not None and x.ndim > 2 and k != 'initial_state'}
@@ -264,7 +279,7 @@ def cpu_backward(
     found = {**flowing, **{k: v.sum(0) if len(v) > 1 else v[0] for k, v in shared.items()}, 'initial_state': initial}
     return ScanInputs(*(None if x is None else found[k].to(x.dtype) for k, x in inputs._asdict().items()))
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #99657c9d
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #1a9020e8
 class OrderedInputs(NamedTuple):
     "A scan of k directions over the pixels of an image, channels last; everything stays in pixel order"
     u: Tensor           # (b l c) pixels, shared by the directions
@@ -283,7 +298,7 @@ def ordered_border_size(inputs: OrderedInputs, width: int, chunk: int):
 
 def _images(x): "View of (b l c), which all directions share, or (b k l c)"; return view(x, 0, 1, 2) if x.ndim == 3 else view(x, 0, 2, 3)
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #b230c750
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8e7ec16b
 def _ordered_job(inputs, softplus, threads):
     "As `_job`, for directions that share an image's pixels"
     (b, _, c), (k, m), n = inputs.u.shape, inputs.order.shape, inputs.A.shape[1]
@@ -295,7 +310,7 @@ def _ordered_job(inputs, softplus, threads):
     s.u, s.delta, s.B, s.C = map(_images, (inputs.u, inputs.delta, inputs.B, inputs.C))
     return s, kept
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #7682f557
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8ef68d37
 @torch.no_grad()
 def ordered_forward(
     inputs: OrderedInputs,  # checked tensors; float32, bfloat16 or float16
@@ -314,7 +329,7 @@ def ordered_forward(
     if y.numel(): build.library.scan_forward(ctypes.byref(s))
     return y.to(u.dtype), borders
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #1a7adea5
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5299c47f
 @torch.no_grad()
 def ordered_backward(
     grad_y: Tensor,         # (b l c)
@@ -327,6 +342,7 @@ def ordered_backward(
 ) -> list:                  # gradients of the tensors before `order`; None for absent ones
     "Gradients of `ordered_forward`"
     build, (d, n), b = build or kernel(), inputs.A.shape, len(grad_y)
+    _demand_borders(borders, ordered_border_size(inputs, build.width, build.chunk))
     s, _kept = _ordered_job(inputs, softplus, threads)
     partial = inputs.order.shape[1] < inputs.u.shape[1] or bool((inputs.order < 0).any())
     of_u = new(shape=inputs.u.shape, zero=True)

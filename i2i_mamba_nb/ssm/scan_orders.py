@@ -5,8 +5,8 @@ __all__ = ['ORDERS', 'scan_paths', 'DIRECTIONS', 'ORDERED', 'ordered_op', 'order
            'visit', 'raster', 'column', 'reverse', 'column_reverse', 'snake', 'diagonal', 'zigzag', 'check_step',
            'window', 'skip', 'show_orders', 'spiral_in', 'spiral_out', 'hilbert', 'OrderName', 'parse_order',
            'check_directions', 'orders', 'scan_order', 'inverse', 'reversed_order', 'gather_paths', 'scatter_paths',
-           'gather_each', 'cross_scan', 'cross_merge', 'check_ordered', 'ordered_scan', 'skip_orders', 'Locality',
-           'locality']
+           'gather_each', 'cross_scan', 'cross_merge', 'check_ordered', 'demand_paths', 'ordered_scan', 'skip_orders',
+           'Locality', 'locality']
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #f55a04a2
 import functools
@@ -345,28 +345,46 @@ def check_ordered(
         if x is not None and x.device != inputs.u.device:
             raise ShapeError(name, given=f'device {x.device}', expected=f'{inputs.u.device}, as u', hint='Move it with .to(u.device).')
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #1d61d94d
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #17d5a187
+def demand_paths(
+    order: Int[Tensor, "k m"],  # pixels in the order visited
+    l: int,                     # pixels of the image
+) -> None:
+    "ShapeError unless every row names pixels 0..l-1 at most once, as int64, with -1 at its end only: a program in C++ goes where it is told"
+    def refuse(given): raise ShapeError('order', given=given, expected=f'int64 pixels from 0 to {l-1}, each at most once in a row, -1 at its end only',
+        hint='Take orders or skip_orders.')
+    if order.dtype != torch.long: refuse(str(order.dtype))
+    there, seen = order >= 0, order.new_zeros(len(order), l+1, dtype=torch.bool)
+    if order.numel() == 0: return
+    if order.max() >= l or order.min() < -1: refuse(f'values from {int(order.min())} to {int(order.max())}')
+    if (there[:, 1:] & ~there[:, :-1]).any(): refuse('-1 between pixels')
+    if (seen.scatter_(1, order.where(there, l), True)[:, :l].sum(1) != there.sum(1)).any(): refuse('a pixel twice in one row')
+
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #5102b14c
 ORDERED = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor order, bool softplus, bool keep'
 
 def _ordered(*args):
     "Forward of the compiled ordered scan: y, what backward needs (nothing unless `keep`)"
-    return ordered_forward(OrderedInputs(*args[:8]), *args[8:])
+    inputs = OrderedInputs(*args[:8])
+    demand_paths(inputs.order, inputs.u.shape[1])
+    return ordered_forward(inputs, *args[8:])
 
 def _fake_ordered(*args):
     inputs, keep = OrderedInputs(*args[:8]), args[9]
     size = ordered_border_size(inputs, kernel().width, kernel().chunk) if keep else 0
     return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(size, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #d4f47101
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #0b62b64d
 def _ordered_backward(grad_y, borders, *args):
     "Backward of the compiled ordered scan: the gradients of the inputs that are there"
     grads = ordered_backward(grad_y, OrderedInputs(*args[:8]), borders, args[8])
     return [g for g in grads if g is not None]
 
 def _fake_ordered_backward(grad_y, borders, *args):
-    return [args[0].new_empty(args[0].shape), *(torch.empty_like(x) for x in args[1:7] if x is not None)]
+    plain = lambda x: x.new_empty(x.shape)
+    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in args[1:7] if x is not None)]
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #9cd4662b
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #9dfaf6d1
 def _keep_ordered(ctx, inputs, output):
     "Save for backward the inputs and the border states; no zeros for a gradient of the latter"
     ctx.set_materialize_grads(False)
@@ -383,7 +401,7 @@ ordered_op = operator('ordered_scan', f'({ORDERED}) -> (Tensor, Tensor)', _order
 ordered_backward_op = operator('ordered_scan_backward', f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]',
     _ordered_backward, _fake_ordered_backward)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #36ac3c06
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #583825ea
 @constant
 def _walks_in_place(backend, device, wide): return backend in ('auto', 'cpu') and device == 'cpu' and not wide and kernel() is not None
 
@@ -394,7 +412,7 @@ def _gathered(x, softplus, backend):
     y = selective_scan(v, delta.flatten(1, 2), x.A, B, C, x.D, None, x.delta_bias, softplus, backend=backend)
     return scatter_paths(y.unflatten(1, (len(x.order), -1)), x.order, x.u.shape[1]).mT
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #50b979da
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #fd378bde
 def ordered_scan(
     u: Float[Tensor, "b l c"],          # pixels, channels last, shared by k directions
     delta: Float[Tensor, "b k l c"],    # raw step sizes
@@ -418,7 +436,7 @@ def ordered_scan(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return ordered_op(*inputs, delta_softplus, keep)[0]
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #1bd5a400
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #8cfc1cd1
 def skip_orders(
     h: int,                 # image height, pixels
     w: int,                 # image width, pixels
@@ -430,7 +448,7 @@ def skip_orders(
     h, w = check_size(h, w)
     return scan_paths(','.join(check_directions(directions)), h, w, check_step(step), torch.device(device))
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #341e7a1a
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #ea05eef8
 class Locality(NamedTuple):
     "How well a path keeps neighbours together"
     step: float     # mean image distance of successive pixels, pixels
@@ -439,7 +457,7 @@ class Locality(NamedTuple):
     near: float     # share of 4-neighbours at most 8 positions apart, 0 to 1
     worst: float    # longest such distance, positions
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #6867f184
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #e01615da
 def locality(
     order: Int[Tensor, "l"],    # a path through every pixel
     h: int,                     # image height, pixels
