@@ -136,6 +136,15 @@ def test_a_wrong_size_is_refused(h, w, said):
         with pytest.raises(ShapeError) as e: call()
         assert str(e.value).startswith(said+', expected a positive integer')
 
+@pytest.mark.parametrize('backend', ['auto', 'chunked'])
+@pytest.mark.parametrize('order, said', [([0, 1, 6], 'values from 0 to 6'), ([0, -1, 2], '-1 between pixels'), ([4, 1, 1], 'a pixel twice'),
+    ([-2, 0, 1], 'values from -2 to 1'), (torch.arange(3, dtype=torch.int32), 'torch.int32'), (torch.arange(3.), 'torch.float32')])
+def test_an_order_that_leaves_the_image_is_refused(backend, order, said):
+    "Compiled code goes where it is told: such an order would read and write memory of others"
+    order = torch.as_tensor(order)[None]
+    x = [torch.ones(1, 6, 2), torch.ones(1, 1, 6, 2), -torch.ones(2, 3), torch.ones(1, 1, 6, 3), torch.ones(1, 1, 6, 3)]
+    with pytest.raises(ShapeError, match=said): so.ordered_scan(*x, order=order, backend=backend)
+
 @pytest.mark.parametrize('step', [0, -2, 2.5, '2', None, True])
 def test_a_wrong_step_is_refused(step):
     for call in (lambda: so.skip_orders(3, 5, step), lambda: so.window(3, 5, step), lambda: so.skip(3, 5, step)):

@@ -421,6 +421,20 @@ def test_compiled_whole(backend):
         grads = torch.autograd.grad(sum(o.sum() for o in out), x)
         for a, w in zip(grads, torch.autograd.grad(sum(o.sum() for o in wanted), x), strict=True): assert error(a, w.double()) < 1e-4
 
+def test_compiled_refuses_what_the_named_backend_does_not_take():
+    torch._dynamo.reset()
+    f = torch.compile(lambda *x: scan(x, True, 'cpu'), backend='aot_eager')
+    with pytest.raises(Exception, match='compiled kernel takes float32|is not available'): f(*to(small(7, 4, 3), torch.float64))
+
+def test_exported_without_gradients_refuses_to_go_back():
+    "A graph traced for inputs without gradients kept no border states"
+    x = to(small(3, 4, 3), torch.float32)
+    module = torch.export.export(Scan('auto'), tuple(x)).module()
+    y = module(*to(x, torch.float32, grad=True))[0]
+    if not y.requires_grad: return
+    if backends()['cpu'].available:
+        with pytest.raises(RuntimeError, match='told that no gradient would follow'): y.sum().backward()
+
 @pytest.mark.parametrize('l, some, dtype', [(5, True, torch.float32), (40, False, torch.float64), (5, True, torch.bfloat16)])
 def test_the_operator_keeps_torchs_contract(l, some, dtype):
     g = torch.Generator().manual_seed(0)

@@ -51,7 +51,7 @@ INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n
     }
     if (GATED) x.y[t] += y;
   }
-  for (int i = 0; i < K; i++) later[i] = g[n + i], sum_a[i] = of_a[n + i];
+  for (int i = 0; i < K; i++) later[i] = g[n + i], sum_a[i] = V{};       // sums over time in two levels round less
   for (int t = to - 1; t >= from; t--) {
     const V dt = x.dt[t], du = x.du[t], gy = x.gy[t];
     const float *B = w.B[t] + n, *C = w.C[t] + n;
@@ -77,7 +77,7 @@ INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n
     float* row = sums + t*Folded<2*K>::FLOATS;
     for (int i = 0; i < Folded<2*K>::FLOATS; i += W) store(row + i, add ? folded[i/W] + load(row + i) : folded[i/W]);
   }
-  for (int i = 0; i < K; i++) g[n + i] = later[i], of_a[n + i] = sum_a[i];
+  for (int i = 0; i < K; i++) g[n + i] = later[i], of_a[n + i] += sum_a[i];
 }
 
 struct Backward {
@@ -144,14 +144,17 @@ struct Backward {
   }
   // ... and writing every gradient of this block
   void end(int64_t first, int64_t end, BackSpan& x) {
+    V sum_D{}, sum_bias{};
     for (int t = 0; t < end - first; t++) {
       const V of_dt = x.u[t]*x.of_du[t] + x.of_decay[t]*(1.f/EXP_SCALE);
-      of_D += x.gy[t]*x.u[t];
+      sum_D += x.gy[t]*x.u[t];
       x.of_du[t] = x.dt[t]*x.of_du[t] + D*x.gy[t];      // gradient of u
       x.of_decay[t] = of_dt*x.slope[t];                 // gradient of delta
-      of_bias += x.of_decay[t];
+      sum_bias += x.of_decay[t];
       if (k.s.z.data) { const V q = sigmoid(x.z[t]); x.raw_gy[t] *= x.y[t]*q*(1.f + x.z[t]*(1.f - q)); }
     }
+    of_D += sum_D;
+    of_bias += sum_bias;
     k.write(k.s.grad_u, first, end, x.of_du, k.s.merge);
     k.write(k.s.grad_delta, first, end, x.of_decay, false);
     if (k.s.z.data) k.write(k.s.grad_z, first, end, x.raw_gy, false);

@@ -181,14 +181,14 @@ def cpu_takes(
         if x.device.type not in ('cpu', 'meta'): return f'{name} is on device {x.device}, the compiled kernel runs on the CPU'
         if x.dtype not in DTYPES: return f'{name} has dtype {x.dtype}, the compiled kernel takes float32, bfloat16 and float16'
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8cef2e3b
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #cb26de61
 def n_groups(B, C): "Groups of B and C, which are equal (see `equal_groups`)"; return max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
 
 def _demand_borders(borders, size):
     "RuntimeError unless forward kept what backward needs, for this build"
     if borders.numel() != size:
-        raise RuntimeError(f'scan: given {borders.numel()} border states, expected {size}: its forward was told that no gradient would follow. '
-            'Trace or call it with an input that requires a gradient.')
+        raise RuntimeError(f'scan: given {borders.numel()} border states, expected {size}: its forward was told that no gradient would '
+            'follow. Trace or call it with an input that requires a gradient.')
 
 def border_size(inputs: ScanInputs, width: int, chunk: int):
     "Numbers kept for backward: a state per chunk and channel, channels filled up to whole vectors"

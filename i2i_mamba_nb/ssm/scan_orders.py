@@ -345,14 +345,15 @@ def check_ordered(
         if x is not None and x.device != inputs.u.device:
             raise ShapeError(name, given=f'device {x.device}', expected=f'{inputs.u.device}, as u', hint='Move it with .to(u.device).')
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #17d5a187
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #d19d2f43
 def demand_paths(
     order: Int[Tensor, "k m"],  # pixels in the order visited
     l: int,                     # pixels of the image
 ) -> None:
-    "ShapeError unless every row names pixels 0..l-1 at most once, as int64, with -1 at its end only: a program in C++ goes where it is told"
-    def refuse(given): raise ShapeError('order', given=given, expected=f'int64 pixels from 0 to {l-1}, each at most once in a row, -1 at its end only',
-        hint='Take orders or skip_orders.')
+    "ShapeError unless every row names pixels 0..l-1 at most once, as int64, with -1 at its end only: C++ goes where it is told"
+    def refuse(given):
+        raise ShapeError('order', given=given, expected=f'int64 pixels from 0 to {l-1}, each at most once in a row, -1 at its end only',
+            hint='Take orders or skip_orders.')
     if order.dtype != torch.long: refuse(str(order.dtype))
     there, seen = order >= 0, order.new_zeros(len(order), l+1, dtype=torch.bool)
     if order.numel() == 0: return
@@ -401,12 +402,13 @@ ordered_op = operator('ordered_scan', f'({ORDERED}) -> (Tensor, Tensor)', _order
 ordered_backward_op = operator('ordered_scan_backward', f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]',
     _ordered_backward, _fake_ordered_backward)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #583825ea
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #03a5ee71
 @constant
 def _walks_in_place(backend, device, wide): return backend in ('auto', 'cpu') and device == 'cpu' and not wide and kernel() is not None
 
 def _gathered(x, softplus, backend):
     "The ordered scan on any backend: gather, one flat selective scan, scatter"
+    if type(x.order) is Tensor and not x.order.is_meta and not torch.compiler.is_compiling(): demand_paths(x.order, x.u.shape[1])
     v = gather_paths(x.u.mT, x.order).flatten(1, 2)
     delta, B, C = (gather_each(w, x.order) for w in (x.delta, x.B, x.C))
     y = selective_scan(v, delta.flatten(1, 2), x.A, B, C, x.D, None, x.delta_bias, softplus, backend=backend)
