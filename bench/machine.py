@@ -115,7 +115,8 @@ def milliseconds(call):
     return 1e3*(time.perf_counter()-start)
 
 def interleaved(calls, rounds, *, most=None, turn=.3):
-    """Milliseconds of calls taken in turns; every round gives each at least one run and up to `turn` seconds. The first two do not count.
+    """Milliseconds of calls taken in turns; every round gives each at least one run and up to `turn` seconds. The first two do not
+    count; every second round goes backwards.
 
     most: name -> number of runs, for calls so slow that fewer do; their first one counts, so let them run once before.
     """
@@ -125,8 +126,8 @@ def interleaved(calls, rounds, *, most=None, turn=.3):
     first = {k: milliseconds(f) for k, f in calls.items()}
     runs = {k: max(1, min(200, int(1e3*turn/max(v, 1e-3)))) for k, v in first.items()}
     taken = {k: [first[k]] if k in few else [] for k in calls}
-    for _ in range(rounds):
-        for k, f in calls.items():
+    for i in range(rounds):
+        for k, f in list(calls.items())[::-1 if i % 2 else 1]:      # there and back: nobody always follows the same neighbour
             wanted = min(runs[k], few[k]-len(taken[k])) if k in few else runs[k]
             taken[k] += [milliseconds(f) for _ in range(wanted)]
     return {k: summary(v) for k, v in taken.items()}
