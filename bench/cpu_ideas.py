@@ -190,7 +190,6 @@ def lengths():
 CHANGES = {'as it is': [],
     'no fetching ahead': [('tile.h', 'if (t < s.lines) __builtin_prefetch', 'if (t < 0) __builtin_prefetch')],
     'a span of 32 steps': [('scan.h', 'SPAN = 4*CHUNK;', 'SPAN = CHUNK;')],
-    'constants from memory': [('simd.h', 'apart(all(', '(all('), ('simd.h', 'apart(load(', '(load(')],
     'one block at a time': [('forward.h', 'STRIP = 4;', 'STRIP = 1;')],
     'four states at a time': [('forward.h', 'FORWARD_STATES = 16;', 'FORWARD_STATES = 4;')]}
 

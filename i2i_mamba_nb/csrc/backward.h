@@ -33,7 +33,6 @@ template<int K, bool SAFE, bool FB, bool FC, bool GATED>
 INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n, const float* border, const V* a_of, V* g, V* of_a,
                       const V* fixed_B, const V* fixed_C, V* of_fixed_B, V* of_fixed_C, Trail<K>* trail, float* sums, bool add,
                       int turn, int turns) {
-  const Exponential exponential;
   V h[K], later[K], sum_a[K], a[K];
   for (int i = 0; i < K; i++) h[i] = load(border + (n + i)*W), a[i] = a_of[n + i];
   for (int t = from; t < to; t++) {
@@ -44,7 +43,7 @@ INLINE void walk_back(BackSpan& x, int from, int to, const Weights& w, int64_t n
     x.fetch.step(t, turn, turns);
     #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
-      const V e = exponential.of<SAFE>(dt, a[i]);
+      const V e = exp_scaled<SAFE>(dt, a[i]);
       at.decay[i] = e, at.before[i] = h[i];
       h[i] = h[i]*e + (FB ? du*fixed_B[n + i] : du*B[i]);
       if (GATED) y += FC ? h[i]*fixed_C[n + i] : h[i]*C[i];

@@ -22,7 +22,6 @@ struct Span {
 template<int K, bool SAFE, bool FB, bool FC, bool OUT>
 INLINE void advance(const Span& x, int from, int to, const Weights& w, V* state, const V* a, int64_t n,
                     const V* fixed_B, const V* fixed_C, V* y, int turn, int turns) {
-  const Exponential exponential;
   V h[K];
   for (int i = 0; i < K; i++) h[i] = state[n + i];
   for (int t = from; t < to; t++) {
@@ -32,7 +31,7 @@ INLINE void advance(const Span& x, int from, int to, const Weights& w, V* state,
     x.fetch.step(t, turn, turns);
     #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
-      h[i] = h[i]*exponential.of<SAFE>(dt, a[n + i]) + (FB ? du*fixed_B[n + i] : du*B[i]);
+      h[i] = h[i]*exp_scaled<SAFE>(dt, a[n + i]) + (FB ? du*fixed_B[n + i] : du*B[i]);
       if (OUT) (i % 2 ? odd : even) += FC ? h[i]*fixed_C[n + i] : h[i]*C[i];
     }
     if (OUT) y[t] += even + odd;

@@ -77,38 +77,25 @@ static const float POLYNOMIAL[] = {1.5321155e-4f, 1.3390162e-3f, 9.6185263e-3f, 
 #endif
 static const float EXP_SCALE = 1.44269504088896341f*PER_OCTAVE;
 
-// Its constants, for a loop to hold: left to itself the compiler fetches every one from memory at every use. Registers are there for
-// that in AVX-512 only.
-struct Exponential {
+template<bool SAFE> INLINE V exp_scaled(V d, V a) {
+  V t = apart(d*a);
+  if (!SAFE) t = smaller(all(130.f*PER_OCTAVE), larger(all(-152.f*PER_OCTAVE), t));
+  V k = t + ROUND, r = t - (k - ROUND), p = all(POLYNOMIAL[0]);
+  #pragma GCC unroll 6
+  for (int i = 1; i < (int)(sizeof POLYNOMIAL/sizeof(float)); i++) p = p*r + POLYNOMIAL[i];
 #ifdef __AVX512F__
-  const V round, c3, c2, c1, one, low, high;
-  INLINE_MEMBER Exponential(): round(apart(all(ROUND))), c3(apart(all(POLYNOMIAL[0]))), c2(apart(all(POLYNOMIAL[1]))),
-    c1(apart(all(POLYNOMIAL[2]))), one(apart(all(POLYNOMIAL[3]))), low(apart(load((const float*)ROOTS))),
-    high(apart(load((const float*)ROOTS + 16))) {}
-#endif
-  template<bool SAFE> INLINE_MEMBER V of(V d, V a) const {
-    V t = apart(d*a);
-    if (!SAFE) t = smaller(all(130.f*PER_OCTAVE), larger(all(-152.f*PER_OCTAVE), t));
-#ifdef __AVX512F__
-    V k = t + round, r = t - (k - round);
-    V p = ((r*c3 + c2)*r + c1)*r + one;
-    VI root = (VI)_mm512_permutex2var_ps((__m512)low, (__m512i)k, (__m512)high);
-    if (SAFE) return (V)(root + ((VI)k << 18))*p;
-    VI n = (VI)k - ROUND_BITS;
-    p *= (V)(root + ((n & 31) << 18));
-    n >>= 5;
+  VI root = (VI)_mm512_permutex2var_ps(_mm512_load_ps(ROOTS), (__m512i)k, _mm512_load_ps(ROOTS + 16));
+  if (SAFE) return (V)(root + ((VI)k << 18))*p;
+  VI n = (VI)k - ROUND_BITS;
+  p *= (V)(root + ((n & 31) << 18));
+  n >>= 5;
 #else
-    V k = t + ROUND, r = t - (k - ROUND), p = all(POLYNOMIAL[0]);
-    #pragma GCC unroll 6
-    for (int i = 1; i < 7; i++) p = p*r + POLYNOMIAL[i];
-    if (SAFE) return (V)((VI)p + ((VI)k << 23));
-    VI n = (VI)k - ROUND_BITS;
+  if (SAFE) return (V)((VI)p + ((VI)k << 23));
+  VI n = (VI)k - ROUND_BITS;
 #endif
-    VI half = n >> 1;     // in two factors, so that infinity and numbers below the normal range come out right
-    return p*(V)((half + 127) << 23)*(V)((n - half + 127) << 23);
-  }
-};
-template<bool SAFE> INLINE V exp_scaled(V d, V a) { return Exponential().template of<SAFE>(d, a); }
+  VI half = n >> 1;     // in two factors, so that infinity and numbers below the normal range come out right
+  return p*(V)((half + 127) << 23)*(V)((n - half + 127) << 23);
+}
 INLINE V exp_of_negative(V x) { return exp_scaled<true>(larger(all(-EXP_SAFE), x), all(EXP_SCALE)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(q) with q = e^-|x|, and log1p(q) = 2 atanh(s), s = q/(2 + q): a series in s^2 <= 1/9

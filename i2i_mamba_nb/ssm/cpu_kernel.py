@@ -144,7 +144,7 @@ def load_build(
     if not library.scan_runs_here(): raise OSError('this processor does not know its instructions')
     return Kernel(name, library, library.scan_width(), library.scan_chunk())
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8bd069f4
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #048d50bc
 def find_kernel(folder: Path | None = None) -> tuple[Kernel | None, dict[str, str]]:
     "The best build that loads, or None, and why those before it do not; I2I_MAMBA_SCAN names one build to the exclusion of others"
     wanted, reasons = os.environ.get('I2I_MAMBA_SCAN'), {}
@@ -164,7 +164,7 @@ def kernel() -> Kernel | None:
     damaged = {k: v for k, v in reasons.items() if 'damaged' in v or 'version' in v}
     if found is None or damaged:
         why = told(damaged or reasons)
-        instead = f'the build for {found.name}' if found else "backend 'chunked', about ten times slower"
+        instead = f'the build for {found.name}' if found else "backend 'chunked', more than ten times slower"
         warnings.warn(f'Compiled scan not as it should be ({why}). Scans run on {instead}. Install a C++ compiler and this package again.',
             RuntimeWarning, stacklevel=2)
     return found
