@@ -421,6 +421,29 @@ def test_compiled_whole(backend):
         grads = torch.autograd.grad(sum(o.sum() for o in out), x)
         for a, w in zip(grads, torch.autograd.grad(sum(o.sum() for o in wanted), x), strict=True): assert error(a, w.double()) < 1e-4
 
+@pytest.mark.parametrize('backend', ['auto', 'chunked'])
+def test_fakes_tell_the_true_strides(backend):
+    "Parameters and the initial state with their axes turned: gradients come contiguous, and the fake says so"
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g)
+    x = (r(2, 4, 5), r(2, 4, 5), -r(3, 4).exp().T, r(2, 3, 5), r(3, 4).T, r(4), None, None, r(2, 3, 4).mT)
+    x = tuple(v if v is None else v.requires_grad_() for v in x)
+    torch.library.opcheck(torch.ops.i2i_mamba_nb.scan.default, (*x, True, backend, True))
+    grads = [r(2, 4, 5), r(2, 4, 3), torch.ops.i2i_mamba_nb.scan(*x, True, backend, True)[2].detach()]
+    fixed = (v if v is None else v.detach() for v in x)
+    torch.library.opcheck(torch.ops.i2i_mamba_nb.scan_backward.default, (*grads, *fixed, True, backend, True))
+
+def test_a_notebooks_operator_is_not_the_packages():
+    from i2i_mamba_nb.ssm.dispatch import operator
+    def twice(x): return 2*x
+    mine = torch.ops.i2i_mamba_nb.scan.default
+    twice.__module__ = '__main__'
+    made = operator('scan', '(Tensor x) -> Tensor', twice, torch.empty_like)
+    assert made.namespace == '__main__' and torch.equal(made(torch.ones(2)), torch.full((2,), 2.))
+    assert torch.ops.i2i_mamba_nb.scan.default is mine
+    x = to(small(3, 4, 3), torch.float32)
+    assert scan(x, True, 'auto')[0].isfinite().all()
+
 def test_compiled_refuses_what_the_named_backend_does_not_take():
     torch._dynamo.reset()
     f = torch.compile(lambda *x: scan(x, True, 'cpu'), backend='aot_eager')

@@ -122,7 +122,7 @@ def operator(
     torch.library.register_autograd(f'{space}::{name}', gradient or refuse, setup_context=keep, lib=lib)
     return getattr(getattr(torch.ops, space), name).default
 
-# %% ../../nbs/1_ssm/14_dispatch.ipynb #6b31a41d
+# %% ../../nbs/1_ssm/14_dispatch.ipynb #438b573f
 TENSORS = ', '.join(f'Tensor{"?" if i > 4 else ""} {name}' for i, name in enumerate(ScanInputs._fields))
 OPTIONS = 'bool softplus, str backend, bool keep'
 
@@ -141,6 +141,7 @@ def _scan_backward(grad_y, grad_last, borders, *args):
     "Backward of a scan: the gradients of the inputs that are there"
     inputs, backend, softplus, _ = _chosen(args)
     found = backend.backward(grad_y, grad_last, inputs, borders, softplus)
+    if backend is not TABLE['cpu']: found = [g if g is None else g.contiguous() for g in found]     # layouts as the fake promises
     return [g if g.ndim == x.ndim else g.squeeze(1) for g, x in zip(found, args[:9], strict=True) if g is not None]
 
 # %% ../../nbs/1_ssm/14_dispatch.ipynb #7901845e
