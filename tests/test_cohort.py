@@ -1,17 +1,30 @@
-"Manifests, splits, leakage, folders"
+"Manifests, splits, leakage"
 import json
+import random
 from dataclasses import replace
-from itertools import product
 
+import nibabel as nib
 import numpy as np
 import pytest
+from samples import AFFINES, GOOD, put, raw, turned, voxels
 
-from i2i_mamba_nb.core import CohortError, ConfigError, numpy_rng
-from i2i_mamba_nb.data.cohort import Cohort, Subject, check_leakage, read_manifest, require, split_hash, split_patients, write_manifest
-from i2i_mamba_nb.data.prepare import ALIASES, modality_name, propose_manifest
-from samples import GOOD, build, head, put, raw, shifted, voxels
-
-from i2i_mamba_nb.data.volume import (Volume, VolumeError, write_volume)
+from i2i_mamba_nb.core import CohortError, ConfigError, numpy_rng, sha256
+from i2i_mamba_nb.data.cohort import (
+    Cohort,
+    Subject,
+    check_leakage,
+    content_hash,
+    file_hashes,
+    hash_path,
+    natural_key,
+    read_manifest,
+    require,
+    split_hash,
+    split_patients,
+    write_manifest,
+)
+from i2i_mamba_nb.data.volume import Volume, VolumeError, from_canonical, to_canonical, write_volume
+from i2i_mamba_nb.measure.intensity import Intensity
 
 # ---- cohorts --------------------------------------------------------------------------------------------------------------------
 def test_manifest_round_trip(cohort, tmp_path):
@@ -48,7 +61,8 @@ def test_bad_manifests(tmp_path, name):
     with pytest.raises(CohortError) as e: read_manifest(tmp_path/'m.csv')
     assert 'm.csv' in str(e.value) or 'p1' in str(e.value)
 
-@pytest.mark.parametrize('side', ['[]', '3', '{"sha256": 3}', '{"modalities": "T1"}', '{broken'])
+@pytest.mark.parametrize('side', ['[]', '3', '{"sha256": 3}', '{"modalities": "T1"}', '{broken', '{"intensity": []}', '{"grids": 3}',
+    '{"intensity": {"p1": {"T1": 3}}}', '{"intensity": {"p1": []}}', '{"intensity": {"p1": {"T1": {"low": 2, "high": 1}}}}'])
 def test_bad_sidecars(tmp_path, side):
     put(tmp_path, GOOD, 'a.nii')
     (tmp_path/'m.csv').write_text('patient,split,T1\np1,train,a.nii\n'), (tmp_path/'m.json').write_text(side)
@@ -88,6 +102,75 @@ def test_the_same_file_under_two_names(cohort, tmp_path):
         subjects=(*cohort.subjects, stranger)))
     check_leakage(replace(cohort, subjects=(*cohort.subjects, replace(stranger, split='train'))))
 
+def test_300_random_copies(tmp_path):
+    "Files of 2 to 9 patients, one of them a copy of another's in every second cohort: found exactly where the two are in different splits"
+    found = 0
+    for k in range(300):
+        rng = random.Random(k)
+        names = [f'p{i}' for i in range(rng.randint(2, 9))]
+        split = {n: rng.choice(['train', 'validation', 'test']) for n in names}
+        a, b = rng.sample(names, 2)
+        hashes = {f'{n}{m}': a+m if n == b and k % 2 else n+m for n in names for m in ('T1', 'T2', 'mask')}
+        hashes |= {f'{n}mask': 'empty' for n in names}
+        subjects = tuple(Subject(n, split[n], {m: tmp_path/f'{n}{m}' for m in ('T1', 'T2', 'mask')}) for n in names)
+        c = Cohort(subjects, ('T1', 'T2'), tmp_path, dict(sha256=hashes))
+        if leak := k % 2 and split[a] != split[b]:
+            with pytest.raises(CohortError, match='the same content'): check_leakage(c)
+        else: check_leakage(c)
+        found += bool(leak)
+    assert 60 < found < 130
+
+@pytest.mark.parametrize('order, flips', AFFINES[::5])
+def test_one_scan_in_two_files(tmp_path, order, flips):
+    "Voxels stored in another axis order, type and packing under another name: the files differ, the images do not"
+    head = np.round(voxels())
+    ras, _ = to_canonical(Volume(head, turned((0, 1, 2), (1, 1, 1))))
+    other = Volume(from_canonical(ras.data, nib.io_orientation(turned(order, flips)).astype(int)), turned(order, flips))
+    write_volume(tmp_path/'a.nii.gz', Volume(head, turned((0, 1, 2), (1, 1, 1)))), write_volume(tmp_path/'b.nii', other)
+    rows = tuple(Subject(p, s, {'T1': tmp_path/f}) for p, s, f in (('ann', 'train', 'a.nii.gz'), ('bob', 'test', 'b.nii')))
+    c = Cohort(rows, ('T1',), tmp_path)
+    assert content_hash(tmp_path/'a.nii.gz') == content_hash(tmp_path/'b.nii') and check_leakage(c)
+    with pytest.raises(CohortError, match='a.nii.gz .ann, train.: given the same content as .*b.nii .bob, test.'):
+        check_leakage(c, voxels=True)
+    write_volume(tmp_path/'b.nii', other._replace(data=other.data+(np.arange(other.data.size).reshape(other.data.shape) == 5)))
+    assert check_leakage(c, voxels=True).subjects == rows
+    (tmp_path/'b.nii').write_bytes(b'x'*400)
+    with pytest.raises(VolumeError, match='b.nii'): check_leakage(c, voxels=True)
+
+def test_hash_of_a_folder(tmp_path):
+    for name, texts in dict(a='xy', b='yx', c='xx', d='x').items():
+        (tmp_path/name).mkdir()
+        for k, text in enumerate(texts): (tmp_path/name/f'{name}{k}').write_text(text)
+    h = {n: hash_path(tmp_path/n) for n in 'abcd'}
+    assert h['a'] == h['b'] and len(set(h.values())) == 3 and hash_path(tmp_path/'a'/'a0') == sha256(tmp_path/'a'/'a0')
+    rows = (Subject('ann', 'train', {'CT': tmp_path/'a'}), Subject('bob', 'test', {'CT': tmp_path/'b'}))
+    with pytest.raises(CohortError, match='the same content'): check_leakage(Cohort(rows, ('CT',), tmp_path))
+    for f in (tmp_path/'b').iterdir(): f.unlink()
+    with pytest.raises(CohortError, match='CT of patient bob.*empty folder'): file_hashes(Cohort(rows, ('CT',), tmp_path))
+
+def test_folders_notes_sessions_and_intensity_survive(tmp_path):
+    (tmp_path/'series').mkdir(), put(tmp_path/'series', GOOD, '1.dcm'), put(tmp_path, raw(voxels(key=1)), 'c.nii')
+    maps = {'T1': Intensity(-3.5, 812.25), 'CT': Intensity(-1024., 3071., True, 'hounsfield')}
+    rows = (Subject('ann', 'train', {'T1': tmp_path/'c.nii', 'CT': tmp_path/'series'}, 'v 1', maps, 'moved; site "A", ä'),
+        Subject('bob', 'test', {'T1': tmp_path/'c.nii'}))
+    info = dict(grids={'ann v 1': {}}, geometry=[1, {'a': None}])
+    c = Cohort((rows[0], replace(rows[1], split='train')), ('CT', 'T1'), tmp_path, info)
+    again = read_manifest(write_manifest(tmp_path/'sub'/'m.csv', c))
+    assert again.info['geometry'] == [1, {'a': None}] and again.info['grids'] == {'ann v 1': {}}
+    assert again.subjects[0].intensity == maps and again.subjects[0].notes == rows[0].notes and again.subjects[0].key == 'ann v 1'
+    assert again.subjects[1].intensity == {} and again.subjects[1].notes == '' and again.subjects[0].paths['CT'].is_dir()
+    text = (tmp_path/'sub'/'m.csv').read_bytes(), (tmp_path/'sub'/'m.json').read_bytes()
+    write_manifest(tmp_path/'sub'/'m.csv', again)
+    assert text == ((tmp_path/'sub'/'m.csv').read_bytes(), (tmp_path/'sub'/'m.json').read_bytes())
+    bare = replace(again, subjects=tuple(replace(s, intensity={}) for s in again.subjects))
+    assert 'intensity' not in read_manifest(write_manifest(tmp_path/'sub'/'m.csv', bare)).info
+
+def test_natural_order():
+    names = [f'p{k}' for k in range(1, 30)]+['P5b', 'p', 'p05', 'IXI012', 'IXI2', 'é', '']
+    want = sorted(names, key=natural_key)
+    for k in range(20): assert sorted(random.Random(k).sample(names, len(names)), key=natural_key) == want
+    assert [n for n in want if n in ('p1', 'p2', 'p10', 'p29')] == ['p1', 'p2', 'p10', 'p29'] and want.index('IXI2') < want.index('IXI012')
+
 def test_300_random_splits():
     for k in range(300):
         rng = numpy_rng(1, 'split', k)
@@ -110,59 +193,3 @@ def test_require(cohort):
     with pytest.raises(CohortError, match='no subject'): require(replace(cohort, subjects=()), ['T1'], 'train')
     with pytest.raises(ConfigError, match='validation'): cohort.split('valid')
     with pytest.raises(CohortError, match="'p1'"): cohort.patient('p11')
-
-# ---- folders --------------------------------------------------------------------------------------------------------------------
-TREES = {
-    'sub-{p}/anat/sub-{p}_{m}.nii.gz': ('T1w', 'T2w', 'FLAIR'), 'sub-{p}/anat/sub-{p}_acq-iso_{m}.nii.gz': ('T1w', 'PDw'),
-    'sub-{p}/ses-1/anat/sub-{p}_ses-1_{m}.nii.gz': ('T1w', 'T2w'), '{p}/{m}.nii.gz': ('T1', 'T2', 'PD'), '{p}/{m}.nii': ('t1', 'ct'),
-    '{p}/{p}_{m}.nii.gz': ('t1', 't1ce', 't2', 'flair', 'seg'),
-    'BraTS-GLI-{p}-000/BraTS-GLI-{p}-000-{m}.nii.gz': ('t1n', 't1c', 't2w', 't2f', 'seg'),
-    'IXI-{m}/IXI{p}-Guys-0828-{m}.nii.gz': ('T1', 'T2', 'PD'), 'IXI{p}-HH-1234-{m}.nii.gz': ('T1', 'T2', 'PD'),
-    '{m}/{p}.nii.gz': ('T1', 'FLAIR'),
-    '{p}_{m}.nii.gz': ('T1', 'T1POST'), '{p}/{m}_N4_brain.nii.gz': ('T1', 'T1POST', 'GOLD_STANDARD'),
-}
-
-@pytest.mark.parametrize('tree', TREES)
-def test_common_layouts(tmp_path, tree):
-    names = TREES[tree]
-    for k, (p, m) in enumerate(product(('007', '019'), names)): write_volume(tmp_path/tree.format(p=p, m=m),
-        Volume(head((6, 7, 5), k), np.eye(4)))
-    c = propose_manifest(tmp_path)
-    assert len(c.subjects) == 2 and c.info['unmatched'] == [] and all('07' in s.patient or '19' in s.patient for s in c.subjects)
-    assert set(c.subjects[0].paths) == {modality_name(m) for m in names} <= set(ALIASES) and not {'lesion',
-        'segmentation'} & set(c.modalities)
-
-def test_a_pattern_and_what_it_leaves(tmp_path):
-    build(tmp_path, ('a', 'b'), ('T1', 'T2'), pattern='{p}/{m}_N4_x_N4_y.nii.gz')
-    for name in ('notes.txt', 'a/T1_raw.nii.gz', 'b/scan.dcm'): put(tmp_path, GOOD, name)
-    (tmp_path/'linked').symlink_to(tmp_path/'a')
-    c = propose_manifest(tmp_path, '{patient}/{modality}_N4*.nii.gz', splits=dict(a='train', b='test'))
-    assert c.modalities == ('T1', 'T2') and c.info['unmatched'] == ['a/T1_raw.nii.gz', 'b/scan.dcm', 'linked', 'notes.txt']
-    assert c.info['grids']['a'] == dict(shape=[24, 28, 13], spacing=c.info['grids']['a']['spacing'], orientation='RAS')
-
-def test_known_words_end_a_patients_name(tmp_path):
-    build(tmp_path, ('IXI002-Guys-0828', 'IXI012-HH-1211'), ('T1', 'PD'), pattern='{p}-{m}.nii.gz')
-    c = propose_manifest(tmp_path, '{patient}-{modality}.nii.gz')
-    assert [s.patient for s in c.subjects] == ['IXI002-Guys-0828', 'IXI012-HH-1211'] and c.modalities == ('PD', 'T1')
-    assert propose_manifest(tmp_path, '{patient}-Guys-{session}-{modality}.nii.gz').subjects[0].session == '0828'
-
-def test_refusals_of_prepare(tmp_path):
-    build(tmp_path, ('a', 'b'), ('T1', 'T2'))
-    for pattern, word in (('{patient}/x.nii.gz', 'modality'), ('{modality}.nii.gz', 'patient'),
-        ('{patiant}/{modality}.nii.gz', "'patient'")):
-        with pytest.raises(ConfigError, match=word): propose_manifest(tmp_path, pattern)
-    with pytest.raises(CohortError, match='a/T1.nii.gz'): propose_manifest(tmp_path, 'q/{patient}/{modality}.nii.gz')
-    with pytest.raises(CohortError, match='no files'): propose_manifest(tmp_path/'nothing')
-    with pytest.raises(CohortError, match='none for b'): propose_manifest(tmp_path, splits=dict(a='train'))
-    with pytest.raises(ConfigError, match='validation'): propose_manifest(tmp_path, splits=dict(a='train', b='valid'))
-    put(tmp_path, raw(voxels(key=5)), 'a/t1w.nii.gz')
-    with pytest.raises(CohortError, match='(?s)T1.nii.gz.*t1w.nii.gz'): propose_manifest(tmp_path)
-
-def test_prepare_reports_grids_and_gaps(tmp_path):
-    build(tmp_path, ('a', 'b'), ('T1', 'T2'))
-    write_volume(tmp_path/'a'/'T2.nii.gz', Volume(head(key=77), shifted(0)))
-    (tmp_path/'b'/'T2.nii.gz').unlink()
-    info = propose_manifest(tmp_path).info
-    assert list(info['mismatched']) == ['a'] and info['mismatched']['a'][1].endswith('T2.nii.gz') and info['missing'] == {'b': ['T2']}
-    put(tmp_path, b'', 'b/T1.nii.gz')
-    with pytest.raises(VolumeError, match='T1.nii.gz'): propose_manifest(tmp_path)

@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['VERSION', 'CONTRASTS', 'EXTENT', 'LOWER', 'PAD', 'NOTICE', 'LEVELS', 'COARSE', 'PATHOLOGIES', 'LESIONS',
            'LESION_CODES', 'TISSUES', 'RELAXATION', 'HOUNSFIELD', 'RELAXIVITY', 'UPTAKE', 'SITES', 'Template',
-           'template', 'shell_distance', 'sample', 'Grid', 'make_grid', 'affine_of', 'bspline_basis', 'separable',
-           'smooth_field', 'Warp', 'push', 'warp_points', 'jacobian', 'draw_warp', 'upsample', 'lesion_sites',
-           'draw_lesions', 'Anatomy', 'build_anatomy', 'spin_echo', 'gradient_echo', 'inversion_recovery', 'null_time',
-           'Sequence', 'Site', 'draw_relaxation', 'draw_textures', 'magnetisation', 'blur_matrix', 'slice_matrix',
-           'acquire', 'rician', 'Phantom', 'simulate_subject', 'simulate_cohort']
+           'template', 'shell_distance', 'sample', 'Grid', 'make_grid', 'affine_of', 'centred', 'bspline_basis',
+           'separable', 'smooth_field', 'Warp', 'rotation', 'push', 'warp_points', 'jacobian', 'draw_warp', 'upsample',
+           'lesion_sites', 'draw_lesions', 'Anatomy', 'build_anatomy', 'spin_echo', 'gradient_echo',
+           'inversion_recovery', 'null_time', 'Sequence', 'Site', 'draw_relaxation', 'draw_textures', 'magnetisation',
+           'blur_matrix', 'slice_matrix', 'acquire', 'rician', 'Phantom', 'as_scanned', 'one_blas_thread',
+           'simulate_subject', 'simulated_header', 'simulate_cohort']
 
 # %% ../../nbs/2_data/21_phantom.ipynb #d70be606
 import functools
@@ -92,7 +93,7 @@ class Grid(NamedTuple):
     @property
     def shape(self): return tuple(len(a) for a in self.axes)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #fa9f9f76
+# %% ../../nbs/2_data/21_phantom.ipynb #758ab409
 def make_grid(
     spacing,                # voxel size, mm: a number or three, 0.5 to 8
 ):
@@ -105,12 +106,30 @@ def make_grid(
     steps = [spacing[0], spacing[1], spacing[2]/cuts]
     return Grid(tuple((np.arange(k)-(k-1)/2)*h for k, h in zip((n[0], n[1], n[2]*cuts), steps, strict=True)), spacing, cuts)
 
-def affine_of(grid):
-    "4x4 voxel-to-world matrix (RAS, mm) of the images on `grid`"
-    shape = np.array(grid.shape)//(1, 1, grid.cuts)
-    return np.block([[np.diag(grid.spacing), -((shape-1)/2*grid.spacing)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
+def affine_of(grid, shape=None):
+    "4x4 voxel-to-world matrix (RAS, mm) of the images on `grid`, or of those that `centred` brought to another `shape`"
+    own = np.array(grid.shape)//(1, 1, grid.cuts)
+    first = (own-1)/2 + (0 if shape is None else (np.array(shape)-own)//2)
+    return np.block([[np.diag(grid.spacing), -(first*grid.spacing)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
 
-# %% ../../nbs/2_data/21_phantom.ipynb #370c844c
+# %% ../../nbs/2_data/21_phantom.ipynb #9e2df914
+def centred(
+    array,                  # (x, y, z)
+    shape,                  # wanted size in voxels, or None to leave it alone
+    *,
+    fill=0,                 # value of what is added
+):
+    "The array with air added or voxels cut off around its middle; on an odd difference the far side gets one more"
+    if shape is None: return array
+    if np.shape(shape) != (3,) or np.min(shape) < 1:
+        raise ConfigError('shape', given=shape, expected='three whole numbers above 0', hint='Give the size in voxels, such as (240, 240, 155).')
+    start = (np.array(shape)-array.shape)//2
+    out = np.full(shape, fill, array.dtype)
+    to = tuple(slice(max(s, 0), s+n) for s, n in zip(start, array.shape, strict=True))
+    out[to] = array[tuple(slice(max(-s, 0), max(-s, 0)+k) for s, k in zip(start, out[to].shape, strict=True))]
+    return out
+
+# %% ../../nbs/2_data/21_phantom.ipynb #cb7c8743
 def bspline_basis(
     positions,              # 1-D array, mm
     knot,                   # knot spacing, mm
@@ -122,7 +141,7 @@ def bspline_basis(
     r = np.abs(np.asarray(positions)[:, None]-knots)/knot
     return np.where(r < 1, 2/3-r**2+r**3/2, np.where(r < 2, (2-r)**3/6, 0)).astype(np.float32)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #0d0588e7
+# %% ../../nbs/2_data/21_phantom.ipynb #d34d61f3
 def separable(
     coefficients,           # (i, j, k) array
     bases,                  # three matrices: (x, i), (y, j), (z, k)
@@ -131,7 +150,7 @@ def separable(
     c = np.tensordot(bases[0], coefficients, 1)
     return np.matmul(bases[1], c)@bases[2].T
 
-# %% ../../nbs/2_data/21_phantom.ipynb #7a5a7f97
+# %% ../../nbs/2_data/21_phantom.ipynb #a1e1045c
 def smooth_field(
     rng,                    # NumPy generator
     axes,                   # three 1-D arrays of positions, mm
@@ -144,7 +163,7 @@ def smooth_field(
     f = separable(rng.standard_normal([b.shape[1] for b in bases], dtype=np.float32)/np.float32(151/315)**1.5, bases)
     return f if points is None else f[points]
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ddf2b679
+# %% ../../nbs/2_data/21_phantom.ipynb #46ae99e2
 class Warp(NamedTuple):
     "From a position x in the subject to one in the template: t = push(A(x + u(x)))"
     axes: tuple             # positions, mm, where `shift` is given
@@ -153,13 +172,13 @@ class Warp(NamedTuple):
     angles: np.ndarray      # (3,): rotation about x, y, z, radians
     pushes: tuple           # (centre, radius, amount) triples in template mm from its middle
 
-def _rotation(angles):
+def rotation(angles):
     "3x3 rotation matrix: about x, then y, then z"
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     X, Y = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]), np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     return np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])@Y@X
 
-# %% ../../nbs/2_data/21_phantom.ipynb #6d63b2dd
+# %% ../../nbs/2_data/21_phantom.ipynb #a6c2bc78
 def push(
     points,                 # (3, n), mm
     centre,                 # (3,), mm
@@ -170,14 +189,14 @@ def push(
     r = points-np.asarray(centre, np.float32)[:, None]
     return points-r*(np.float32(amount)*np.exp(-(r**2).sum(0)/np.float32(2*radius**2)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #be082a85
+# %% ../../nbs/2_data/21_phantom.ipynb #973d8a8b
 def warp_points(
     warp,                   # Warp
 ):
     "(3, x, y, z): where each position of the warp's axes lies in the template, mm from the template's middle"
     x = np.stack(np.meshgrid(*warp.axes, indexing='ij')).astype(np.float32)
     x[2] += LOWER
-    A = (_rotation(warp.angles)*warp.scale[:, None]).astype(np.float32)
+    A = (rotation(warp.angles)*warp.scale[:, None]).astype(np.float32)
     t = A@(x+warp.shift).reshape(3, -1)
     for centre, radius, amount in warp.pushes: t = push(t, centre, radius, amount)
     return t.reshape(x.shape)
@@ -190,11 +209,11 @@ def jacobian(
     d = np.stack([np.stack(np.gradient(t[k], *warp.axes), -1) for k in range(3)], -2)
     return np.linalg.det(d[1:-1, 1:-1, 1:-1])
 
-# %% ../../nbs/2_data/21_phantom.ipynb #0043d219
+# %% ../../nbs/2_data/21_phantom.ipynb #4ead1232
 LEVELS = ((40., 3.), (15., .7))             # (correlation length, standard deviation) of the displacement, mm
 COARSE = tuple(np.arange(-e/2-8, e/2+9, 3.) for e in EXTENT)    # mm, where a warp is worked out
 
-# %% ../../nbs/2_data/21_phantom.ipynb #9fc93218
+# %% ../../nbs/2_data/21_phantom.ipynb #3887e537
 def draw_warp(
     seed,                   # integer of the subject
     pushes=(),              # further (centre, radius, amount) in template mm
@@ -213,7 +232,7 @@ def draw_warp(
         if least > floor: return warp, least
         shift = .8*shift
 
-# %% ../../nbs/2_data/21_phantom.ipynb #5ffb2789
+# %% ../../nbs/2_data/21_phantom.ipynb #30195933
 def upsample(
     values,                 # (x, y, z) on `coarse`
     coarse,                 # three 1-D arrays of evenly spaced positions, mm
@@ -223,13 +242,13 @@ def upsample(
     hats = [np.clip(1-np.abs(a[:, None]-c)/(c[1]-c[0]), 0, None).astype(np.float32) for a, c in zip(axes, coarse, strict=True)]
     return separable(values, hats)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #6631df5e
-PATHOLOGIES = ('ms', 'glioma', 'both', 'none')
+# %% ../../nbs/2_data/21_phantom.ipynb #6fc4e8ad
+PATHOLOGIES = ('ms', 'glioma', 'both', 'none', 'low_grade')
 LESIONS = ('plaque', 'vascular', 'core', 'rim', 'oedema')
 LESION_CODES = dict(zip(LESIONS, range(1, 6), strict=True))
 TISSUES = ('csf', 'gm', 'wm', *LESIONS, 'bone', 'marrow', 'scalp')
 
-# %% ../../nbs/2_data/21_phantom.ipynb #8fa70f9c
+# %% ../../nbs/2_data/21_phantom.ipynb #1b60f6b3
 @functools.lru_cache(maxsize=1)
 def lesion_sites():
     "Where lesions may sit, (n, 3) template voxels: 'plaque' at the ventricles, 'vascular' under the cortex, 'glioma' deep in white matter"
@@ -242,7 +261,7 @@ def lesion_sites():
     found = dict(plaque=(wm > .55) & (ventricle < 7), vascular=(wm > .7) & cortical, glioma=(depth > 5) & (ventricle > 8))
     return {k: 2*np.argwhere(v & upper) for k, v in found.items()}
 
-# %% ../../nbs/2_data/21_phantom.ipynb #405396df
+# %% ../../nbs/2_data/21_phantom.ipynb #133d803f
 def _box(shape, centre, reach):
     "Slices of a cube around `centre`, and the positions in it relative to the centre, mm"
     low, high = np.maximum(np.floor(centre-reach), 0).astype(int), np.minimum(np.ceil(centre+reach)+1, shape).astype(int)
@@ -251,16 +270,16 @@ def _box(shape, centre, reach):
 
 def _soft(r, edge): "1 inside (r < 1), 0 outside, `edge` wide between"; return 1/(1+np.exp(np.clip((r-1)/edge, -30, 30)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #8e602653
+# %% ../../nbs/2_data/21_phantom.ipynb #af9a70e5
 def _paint_ovoid(image, rng, centre, radius, ratio):
     "One ovoid lesion with a bumpy outline, painted into `image` as a fraction"
     axes_mm = radius*np.array([ratio, 1., 1/ratio])[rng.permutation(3)]
     box, axes = _box(image.shape, centre, 2.2*axes_mm.max()+2)
-    r = np.stack(np.meshgrid(*axes, indexing='ij'), -1)@_rotation(rng.uniform(0, np.pi, 3))/axes_mm
+    r = np.stack(np.meshgrid(*axes, indexing='ij'), -1)@rotation(rng.uniform(0, np.pi, 3))/axes_mm
     bumps = 1+.15*smooth_field(rng, axes, 3.)
     image[box] = np.maximum(image[box], _soft(np.sqrt((r**2).sum(-1))/bumps, .12))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #23a9ee32
+# %% ../../nbs/2_data/21_phantom.ipynb #7df5e3a2
 def _paint_glioma(images, rng, centre, radius):
     "Necrotic core, enhancing rim and oedema around one centre, painted into the last three of `images`"
     box, axes = _box(images.shape[1:], centre, 3.8*radius)
@@ -270,7 +289,7 @@ def _paint_glioma(images, rng, centre, radius):
     images[2][box], images[3][box] = core*tumour, tumour*(1-core)
     images[4][box] = _soft(r/(1.6*np.exp(.2*smooth_field(rng, axes, 14.).clip(-2, 2))), .1)*(1-tumour)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #f1baf360
+# %% ../../nbs/2_data/21_phantom.ipynb #718e5304
 def _paint_ms(images, rng):
     "Plaques and vascular lesions, painted into the first two of `images`"
     sites = lesion_sites()
@@ -279,7 +298,7 @@ def _paint_ms(images, rng):
             centre = sites[name][rng.integers(len(sites[name]))]+rng.uniform(-1, 1, 3)
             _paint_ovoid(image, rng, centre, float(np.clip(3*np.exp(.35*rng.standard_normal()), 1.8, 7)), ratio)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #b318998a
+# %% ../../nbs/2_data/21_phantom.ipynb #7bd180ce
 def draw_lesions(
     seed,                   # integer of the subject
     kind,                   # one of PATHOLOGIES
@@ -287,13 +306,14 @@ def draw_lesions(
     "(5, x, y, z) lesion maps on the template's grid in the order of LESIONS, and the glioma's (centre, radius) in template voxels or None"
     rng, images, glioma = numpy_rng(seed, 'lesions'), np.zeros((5, *template().t1.shape), np.float32), None
     if kind in ('ms', 'both'): _paint_ms(images, rng)
-    if kind in ('glioma', 'both'):
+    if kind in ('glioma', 'both', 'low_grade'):
         sites = lesion_sites()['glioma']
         glioma = sites[rng.integers(len(sites))]+rng.uniform(-1, 1, 3), float(rng.uniform(10, 16))
         _paint_glioma(images, rng, *glioma)
+    if kind == 'low_grade': images[2:4] = images[2:4].sum(0), 0*images[3]
     return images, glioma
 
-# %% ../../nbs/2_data/21_phantom.ipynb #23e97924
+# %% ../../nbs/2_data/21_phantom.ipynb #f98de954
 class Anatomy(NamedTuple):
     "One subject's head on a grid: values only where there is something"
     inside: tuple           # three index arrays of the n voxels that are not air
@@ -303,7 +323,7 @@ class Anatomy(NamedTuple):
     grid: Grid
     least_jacobian: float   # smallest determinant of the warp, relative to its scale
 
-# %% ../../nbs/2_data/21_phantom.ipynb #1eb09306
+# %% ../../nbs/2_data/21_phantom.ipynb #c25be796
 def _individual(seed, tissues, axes, inside):
     "Tissue shares of one subject from the atlas's: sharper, with its own boundaries and volumes, same sum"
     rng, total = numpy_rng(seed, 'tissue'), tissues.sum(0)
@@ -313,7 +333,7 @@ def _individual(seed, tissues, axes, inside):
         odds[k] *= np.exp(np.float32(.55)*smooth_field(rng, axes, 5., points=inside)+own)
     return odds*(total/np.maximum(odds.sum(0), 1e-9))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #6e5a88f8
+# %% ../../nbs/2_data/21_phantom.ipynb #ff2bd7af
 def _with_lesions(tissues, lesions):
     "(8, n) brain tissue displaced by lesions: plaques and oedema take white matter, the tumour takes all"
     tumour, free = lesions[2:4]*tissues.sum(0), 1-lesions[2:4].sum(0)
@@ -322,7 +342,7 @@ def _with_lesions(tissues, lesions):
     soft = soft/np.maximum(soft.sum(0), 1)*wm
     return np.stack([csf, gm, wm-soft.sum(0), soft[0], soft[1], *tumour, soft[2]])
 
-# %% ../../nbs/2_data/21_phantom.ipynb #769b0b5b
+# %% ../../nbs/2_data/21_phantom.ipynb #2d73028f
 def _with_shell(seed, brain, distance, positions):
     "(11, n) shares: brain, fluid under the skull, then bone with marrow inside and scalp, of smoothly varying thickness"
     rng = numpy_rng(seed, 'shell')
@@ -334,14 +354,14 @@ def _with_shell(seed, brain, distance, positions):
     shares[0] += np.clip(fluid-brain.sum(0), 0, 1)
     return shares/np.maximum(shares.sum(0), 1)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #76db5bb4
+# %% ../../nbs/2_data/21_phantom.ipynb #58de5806
 def _in_fluid(brain):
     "(11, n) shares of a brain without its skull: what is not brain in a voxel at its surface is fluid, not air"
     shares = np.concatenate([brain, np.zeros((3, brain.shape[1]), np.float32)])
     shares[0] += np.clip(1-brain.sum(0), 0, 1)
     return shares
 
-# %% ../../nbs/2_data/21_phantom.ipynb #c212fe10
+# %% ../../nbs/2_data/21_phantom.ipynb #4690d510
 def _near(warp, grid, reach):
     "Index arrays of the voxels within `reach` mm of the brain, their template voxel coordinates (3, n), their distance from it (n,)"
     t = warp_points(warp)+template().centre.astype(np.float32)[:, None, None, None]
@@ -350,7 +370,7 @@ def _near(warp, grid, reach):
     near = np.nonzero(distance < reach)
     return near, np.stack([upsample(k, warp.axes, grid.axes)[near] for k in t]), distance[near]
 
-# %% ../../nbs/2_data/21_phantom.ipynb #894b4af1
+# %% ../../nbs/2_data/21_phantom.ipynb #e8d9686a
 def _sample_lesions(lesions, points):
     "(5, n) lesion shares; interpolated only where there is one next to the voxel"
     from scipy.ndimage import maximum_filter
@@ -361,7 +381,7 @@ def _sample_lesions(lesions, points):
     out[:, at] = sample(lesions, points[:, at])
     return out
 
-# %% ../../nbs/2_data/21_phantom.ipynb #66509073
+# %% ../../nbs/2_data/21_phantom.ipynb #ffe3f0f1
 def build_anatomy(
     seed,                   # integer of the subject
     grid,                   # Grid
@@ -381,7 +401,7 @@ def build_anatomy(
     shares = _with_shell(seed, full[:8], distance, points) if whole_head else _in_fluid(full[:8])
     return Anatomy(inside, shares.astype(np.float32), full[8], full[9], grid, least)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #5d6a6121
+# %% ../../nbs/2_data/21_phantom.ipynb #298aafc1
 RELAXATION = {                              # tissue: T1 ms, T2 ms, proton density relative to water
     1.5: dict(csf=(4300, 1900, 1.), gm=(1188, 95, .86), wm=(656, 72, .77), plaque=(990, 150, .95), vascular=(740, 248, .74),
         core=(2000, 225, .95), rim=(1300, 130, .88), oedema=(1100, 160, .88),
@@ -393,7 +413,7 @@ HOUNSFIELD = dict(csf=8., gm=38., wm=28., plaque=24., vascular=22., core=14., ri
 RELAXIVITY = {1.5: 3.3e-3, 3.: 3.0e-3}      # per ms and mmol/l, gadoterate in plasma
 UPTAKE = dict(rim=.9, plaque=.12, core=.1, gm=.03, wm=.02, scalp=.15)    # mmol/l of contrast agent some minutes after injection
 
-# %% ../../nbs/2_data/21_phantom.ipynb #01858539
+# %% ../../nbs/2_data/21_phantom.ipynb #d3228406
 def spin_echo(
     t1,                     # ms
     t2,                     # ms
@@ -406,7 +426,7 @@ def spin_echo(
     "Spin-echo signal: PD (1 - exp(-TR/T1)) exp(-TE/T2), times sin^3(90 b1) where the pulses miss their angle"
     return pd*(1-np.exp(-tr/t1))*np.exp(-te/t2)*np.sin(np.pi/2*b1)**3
 
-# %% ../../nbs/2_data/21_phantom.ipynb #886354e0
+# %% ../../nbs/2_data/21_phantom.ipynb #18938866
 def gradient_echo(
     t1,                     # ms
     t2,                     # T2*, ms
@@ -421,7 +441,7 @@ def gradient_echo(
     a, e1 = np.radians(flip)*b1, np.exp(-tr/t1)
     return pd*np.sin(a)*(1-e1)/(1-np.cos(a)*e1)*np.exp(-te/t2)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #478f5d07
+# %% ../../nbs/2_data/21_phantom.ipynb #fd5f3870
 def inversion_recovery(
     t1,                     # ms
     t2,                     # ms
@@ -442,7 +462,7 @@ def null_time(
     "Inversion time (ms) without signal: T1 ln(2/(1+exp(-TR/T1)))"
     return t1*np.log(2/(1+np.exp(-tr/t1)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #9c011d80
+# %% ../../nbs/2_data/21_phantom.ipynb #364f0db6
 @dataclass(frozen=True)
 class Sequence:
     "How one contrast is acquired"
@@ -457,7 +477,7 @@ class Sequence:
     blur: float = 1.        # full width at half maximum in the plane, mm
     thickness: float = 1.   # of a slice, mm; at least the distance between slices
 
-# %% ../../nbs/2_data/21_phantom.ipynb #b6e24394
+# %% ../../nbs/2_data/21_phantom.ipynb #4a109282
 @dataclass(frozen=True)
 class Site:
     "A scanner and its protocol"
@@ -476,13 +496,13 @@ def _site(name, tesla, t1, t2, pd, flair):
         PD=Sequence('spin_echo', *pd, snr=70., bias=.015, coil=.3, blur=1., thickness=3.),
         FLAIR=Sequence('inversion_recovery', *flair, snr=25., bias=.06, blur=1.6, thickness=3.)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #52efc6e5
+# %% ../../nbs/2_data/21_phantom.ipynb #ec372b80
 SITES = (_site('A 1.5 T', 1.5, (22., 6., 30.), (4500., 95.), (4500., 16.), (9000., 110.)),
     _site('B 3 T', 3., (14., 3.5, 18.), (5200., 86.), (6500., 12.), (11000., 120.)),
     _site('C 1.5 T', 1.5, (16., 4.6, 25.), (5800., 105.), (6000., 14.), (8000., 100.)),
     _site('D 3 T', 3., (18., 4.5, 22.), (4000., 80.), (5200., 15.), (9500., 130.)))
 
-# %% ../../nbs/2_data/21_phantom.ipynb #cf4e5b99
+# %% ../../nbs/2_data/21_phantom.ipynb #e7bda577
 def draw_relaxation(
     seed,                   # integer of the subject
     tesla,                  # 1.5 or 3
@@ -493,7 +513,7 @@ def draw_relaxation(
     factor['vascular'][:2] = factor['plaque'][:2]
     return {n: tuple(np.array(table[n])*factor[n]) for n in TISSUES}
 
-# %% ../../nbs/2_data/21_phantom.ipynb #58feca4d
+# %% ../../nbs/2_data/21_phantom.ipynb #f0d6766e
 def draw_textures(
     seed,                   # integer of the subject
     anatomy,                # Anatomy
@@ -504,7 +524,7 @@ def draw_textures(
     t1 = -.04*anatomy.texture+.015*fine[0]+.015*wide[0]
     return 1+t1, 1+.025*fine[1]+.025*wide[1], 1+.12*t1+.004*fine[2]+.004*wide[2]
 
-# %% ../../nbs/2_data/21_phantom.ipynb #092693f1
+# %% ../../nbs/2_data/21_phantom.ipynb #67f1b601
 def _signal(sequence, relaxation, b1, tesla, dose, csf_t1):
     "Signal of one tissue under a sequence; T2* from T2 and a field-dependent dephasing"
     t1, t2, pd = relaxation
@@ -514,7 +534,7 @@ def _signal(sequence, relaxation, b1, tesla, dose, csf_t1):
     if sequence.kind == 'inversion_recovery': return inversion_recovery(t1, t2, pd, ti=null_time(csf_t1, sequence.tr), **timing)
     return spin_echo(t1, t2, pd, **timing)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #303a08da
+# %% ../../nbs/2_data/21_phantom.ipynb #ab84aaad
 def magnetisation(
     anatomy,                # Anatomy
     sequence,               # Sequence
@@ -531,7 +551,7 @@ def magnetisation(
         if len(at): total[at] += share[at]*_signal(sequence, local, b1[at], tesla, UPTAKE.get(name, 0.), relaxation['csf'][0])
     return total
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ca442aa0
+# %% ../../nbs/2_data/21_phantom.ipynb #dfaee862
 def blur_matrix(
     n,                      # positions
     step,                   # their distance, mm
@@ -542,7 +562,7 @@ def blur_matrix(
     m = np.where(np.abs(r) < 4, np.exp(-r**2/2), 0)
     return (m/m.sum(1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #7d7a88df
+# %% ../../nbs/2_data/21_phantom.ipynb #44228b91
 def slice_matrix(
     n,                      # computed positions
     step,                   # their distance, mm
@@ -555,7 +575,7 @@ def slice_matrix(
     m = np.clip(np.minimum(edges[1:], high)-np.maximum(edges[:-1], low), 0, None)
     return (m/m.sum(1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #de382d36
+# %% ../../nbs/2_data/21_phantom.ipynb #a5ed199d
 def acquire(
     values,                 # (n,) signal of the voxels inside
     anatomy,                # Anatomy
@@ -573,7 +593,7 @@ def acquire(
     full = np.matmul(blur_matrix(grid.shape[1], h[1], blur), full)
     return np.tensordot(blur_matrix(grid.shape[0], h[0], blur), full, 1)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #122fe8e7
+# %% ../../nbs/2_data/21_phantom.ipynb #a2e67486
 def rician(
     signal,                 # noise-free signal
     sigma,                  # standard deviation of the noise in each of two channels
@@ -583,7 +603,7 @@ def rician(
     a, b = rng.standard_normal((2, *np.shape(signal)), dtype=np.float32)*np.float32(sigma)
     return np.sqrt((signal+a)**2+b**2)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #4f104efc
+# %% ../../nbs/2_data/21_phantom.ipynb #ae8316ac
 class Phantom(NamedTuple):
     "A simulated subject; all arrays (x, y, z) on one RAS grid"
     images: dict            # contrast -> float32 image; CT in HU
@@ -591,20 +611,22 @@ class Phantom(NamedTuple):
     affine: np.ndarray      # 4x4, mm
     parameters: dict        # everything that was drawn, ready for JSON
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ec5cd2d1
-def _labels(anatomy):
-    "Tissue shares averaged over each slice, the lesion code and the brain"
+# %% ../../nbs/2_data/21_phantom.ipynb #72b292ba
+def _labels(anatomy, keep):
+    "Tissue shares averaged over each slice (only those of `keep`, where it is given), what is no tissue, the lesion code and the brain"
     empty = np.array(anatomy.grid.shape)//(1, 1, anatomy.grid.cuts)
     take = lambda v: acquire(v, anatomy, 0, 0) if v.any() else np.zeros(empty, np.float32)
-    labels = {n: take(f) for n, f in zip(TISSUES, anatomy.fractions, strict=True)}
-    labels['background'] = np.clip(1-sum(labels.values()), 0, 1)
-    labels['lesion'] = np.zeros(empty, np.uint8)
-    for name, code in LESION_CODES.items(): labels['lesion'][labels[name] > .4] = code
-    labels['glioma'] = labels['lesion'] >= LESION_CODES['core']
-    labels['brain'] = take(anatomy.brain)
+    labels, total, lesion = {}, 0, np.zeros(empty, np.uint8)
+    for name, values in zip(TISSUES, anatomy.fractions, strict=True):
+        share = take(values)
+        total = total+share
+        if name in LESION_CODES: lesion[share > .4] = LESION_CODES[name]
+        if keep is None or name in keep: labels[name] = share
+    labels['background'], labels['lesion'] = np.clip(1-total, 0, 1), lesion
+    labels['glioma'], labels['brain'] = lesion >= LESION_CODES['core'], take(anatomy.brain)
     return labels
 
-# %% ../../nbs/2_data/21_phantom.ipynb #3dfed616
+# %% ../../nbs/2_data/21_phantom.ipynb #93b2a2de
 def _transmit(seed, site, anatomy):
     "(n,) true over nominal flip angle: stronger in the middle of the head, with a smooth departure of its own"
     x, y, z = (a[i]/e for a, i, e in zip(anatomy.grid.axes, anatomy.inside, EXTENT, strict=True))
@@ -624,64 +646,66 @@ def _session(seed, site, anatomy):
     field = smooth_field(numpy_rng(seed, 'receive'), anatomy.grid.axes, 80., points=anatomy.inside)
     return _State(site, draw_relaxation(seed, site.tesla), draw_textures(seed, anatomy), _transmit(seed, site, anatomy), site.receive*field)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #9142f2bc
-def _as_scanned(seed, name, site):
+# %% ../../nbs/2_data/21_phantom.ipynb #e65962fa
+def as_scanned(seed, name, site):
     "(the site's sequence off by about 2 %, the scanner's gain)"
     rng, s = numpy_rng(seed, 'scan', name), site.sequences[name]
     tr, te, snr, gain = np.exp(np.array([.02, .02, .1, .3])*rng.standard_normal(4))
     return replace(s, tr=float(s.tr*tr), te=float(s.te*te), snr=float(s.snr*snr)), 400*gain
 
-# %% ../../nbs/2_data/21_phantom.ipynb #d7a30e1f
-def _mri(seed, name, anatomy, state, brain):
-    "One MR contrast and its drawn settings; `brain` is a mask, or None to keep the whole head"
-    s, level = _as_scanned(seed, name, state.site)
+# %% ../../nbs/2_data/21_phantom.ipynb #7323497c
+def _mri(seed, name, anatomy, state, brain, shape):
+    "One MR contrast and its drawn settings; `brain` is a mask, or None to keep the whole head; `shape` in voxels or None"
+    s, level = as_scanned(seed, name, state.site)
     signal = np.abs(magnetisation(anatomy, s, state.relaxation, state.textures, state.b1, state.site.tesla))
     bias = smooth_field(numpy_rng(seed, 'bias', name), anatomy.grid.axes, 65., points=anatomy.inside)
     signal *= np.exp(np.float32(s.coil)*state.receive+np.float32(s.bias)*bias)
     signal *= np.float32(level)/signal[anatomy.brain > .5].mean()
-    image = rician(acquire(signal, anatomy, s.blur, s.thickness), level/s.snr, numpy_rng(seed, 'noise', name))
+    signal = centred(acquire(signal, anatomy, s.blur, s.thickness), shape)
+    image = rician(signal, level/s.snr, numpy_rng(seed, 'noise', name))
     return (image if brain is None else image*brain).astype(np.float32), asdict(s)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ce56f490
-def _ct(seed, anatomy):
+# %% ../../nbs/2_data/21_phantom.ipynb #b522de69
+def _ct(seed, anatomy, shape):
     "CT in HU: shares times the tissues' numbers, uneven bone, blur, quantum noise; air at -1000"
     rng, f = numpy_rng(seed, 'scan', 'CT'), anatomy.fractions
     hu = np.array([HOUNSFIELD[n] for n in TISSUES], np.float32)+2*rng.standard_normal(len(TISSUES), dtype=np.float32)
     uneven = smooth_field(numpy_rng(seed, 'bone'), anatomy.grid.axes, 6., points=anatomy.inside)
     values = hu@f-1000*(1-f.sum(0))+f[TISSUES.index('bone')]*150*uneven+1.5*anatomy.texture
-    image = acquire(values, anatomy, 1., 1., air=-1000.)
+    image = centred(acquire(values, anatomy, 1., 1., air=-1000.), shape, fill=-1000.)
     noise = 6*numpy_rng(seed, 'noise', 'CT').standard_normal(image.shape, dtype=np.float32)
     return np.clip(image+noise*(image > -950), -1024, 3071).astype(np.float32), dict(kind='ct', noise_hu=6., blur=1.)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #65913287
+# %% ../../nbs/2_data/21_phantom.ipynb #a0b3c2a7
 def _parameters(seed, kind, whole_head, anatomy, state, settings):
     "What was drawn, for JSON"
     return dict(simulated=True, notice=NOTICE, version=VERSION, seed=int(seed), site=state.site.name, tesla=state.site.tesla,
         pathology=kind, whole_head=whole_head, least_jacobian=anatomy.least_jacobian, sequences=settings,
         relaxation={k: [float(x) for x in v] for k, v in state.relaxation.items()})
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ab999b66
-def _simulate(seed, site, spacing, contrasts, pathology, whole_head):
+# %% ../../nbs/2_data/21_phantom.ipynb #d4ab5fe6
+def _simulate(seed, site, spacing, contrasts, pathology, whole_head, shape=None, keep=None):
     "The work of `simulate_subject`"
     for c in contrasts: check_choice('contrast', c, CONTRASTS)
+    for n in keep or (): check_choice('tissue', n, TISSUES)
     kind = pathology or ('glioma' if numpy_rng(seed, 'pathology').random() < 1/3 else 'ms')
     check_choice('pathology', kind, PATHOLOGIES)
     site = site if isinstance(site, Site) else SITES[int(check_choice('site', str(site), range(len(SITES))))]
     anatomy = build_anatomy(seed, make_grid(spacing), kind, bool(whole_head or 'CT' in contrasts))
-    state, labels = _session(seed, site, anatomy), _labels(anatomy)
+    state, labels = _session(seed, site, anatomy), {k: centred(v, shape, fill=k == 'background') for k, v in _labels(anatomy, keep).items()}
     brain = None if whole_head else labels['brain'] > .5
-    one = lambda c: _ct(seed, anatomy) if c == 'CT' else _mri(seed, c, anatomy, state, brain)
+    one = lambda c: _ct(seed, anatomy, shape) if c == 'CT' else _mri(seed, c, anatomy, state, brain, shape)
     with ThreadPoolExecutor(2) as pool: made = dict(zip(contrasts, pool.map(one, contrasts), strict=True))
     parameters = _parameters(seed, kind, bool(whole_head), anatomy, state, {c: p for c, (_, p) in made.items()})
-    return Phantom({c: image for c, (image, _) in made.items()}, labels, affine_of(anatomy.grid), parameters)
+    return Phantom({c: image for c, (image, _) in made.items()}, labels, affine_of(anatomy.grid, shape), parameters)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #7d94a61e
-def _one_blas_thread():
+# %% ../../nbs/2_data/21_phantom.ipynb #72bf5367
+def one_blas_thread():
     "Matrix products on one thread: the same bytes whatever the thread settings, and no waiting threads on a busy machine"
     from threadpoolctl import threadpool_limits
     return threadpool_limits(1, 'blas')
 
-# %% ../../nbs/2_data/21_phantom.ipynb #afecb292
+# %% ../../nbs/2_data/21_phantom.ipynb #5fd60f7e
 def simulate_subject(
     seed,                       # integer: the person, and all that is random
     *,
@@ -690,16 +714,22 @@ def simulate_subject(
     contrasts=('T1', 'T2', 'PD'),   # some of CONTRASTS
     pathology=None,             # one of PATHOLOGIES; drawn by default (two in three 'ms')
     whole_head=True,            # with skull and scalp; False: brain-extracted MRI (CT always shows the head)
+    shape=None,                 # image size in voxels: air is added or cut off around the middle; by default what covers EXTENT
+    keep=None,                  # TISSUES whose shares are wanted among the labels; all by default, () saves much memory
 ):
     "One simulated person: images, labels, affine, parameters. Raises ConfigError for an unknown contrast, site, pathology or spacing"
-    with _one_blas_thread(): return _simulate(seed, site, spacing, contrasts, pathology, whole_head)
+    with one_blas_thread(): return _simulate(seed, site, spacing, contrasts, pathology, whole_head, shape, keep)
 
-# %% ../../nbs/2_data/21_phantom.ipynb #d706413d
-def _header(affine, name):
+# %% ../../nbs/2_data/21_phantom.ipynb #e8fa42d7
+def simulated_header(
+    affine,                 # 4x4
+    name,                   # of the contrast
+    dtype=np.float32,       # that the file should have
+):
     "NIfTI header that says loudly that the volume is simulated"
     import nibabel as nib
     h = nib.Nifti1Header()
-    h.set_xyzt_units('mm'), h.set_sform(affine, 2), h.set_qform(affine, 2)
+    h.set_data_dtype(dtype), h.set_xyzt_units('mm'), h.set_sform(affine, 2), h.set_qform(affine, 2)
     h['descrip'], h['intent_name'] = f'{NOTICE}; {name}'.encode()[:79], b'SIMULATED'
     return h
 
@@ -708,10 +738,10 @@ def _write_subject(folder, patient, seed, options):
     p = _simulate(seed, **options)
     paths = {}
     for name, image in [*p.images.items(), ('lesion', p.labels['lesion'].astype(np.float32))]:
-        paths[name] = write_volume(folder/f'{patient}_{name}.nii.gz', Volume(image, p.affine, _header(p.affine, name)))
+        paths[name] = write_volume(folder/f'{patient}_{name}.nii.gz', Volume(image, p.affine, simulated_header(p.affine, name)))
     return paths, p.parameters
 
-# %% ../../nbs/2_data/21_phantom.ipynb #745d167c
+# %% ../../nbs/2_data/21_phantom.ipynb #d06ebb5c
 def _settings(counts, contrasts, spacing, seed, sites, whole_head):
     "What decides the cohort's bytes, as JSON"
     tables = json.dumps([RELAXATION, HOUNSFIELD, UPTAKE, RELAXIVITY, LEVELS, EXTENT, [asdict(s) for s in sites]], sort_keys=True)
@@ -723,7 +753,7 @@ def _sidecar(manifest):
     try: return dict(read_json(manifest.with_suffix('.json')))
     except (I2IError, ValueError, TypeError): return {}
 
-# %% ../../nbs/2_data/21_phantom.ipynb #eff2db68
+# %% ../../nbs/2_data/21_phantom.ipynb #b7c6b5d9
 def _cached(manifest, settings):
     "The cohort where it was made with these settings and no file has changed, else None; CohortError where it is somebody's own"
     if not manifest.exists(): return None
@@ -736,7 +766,7 @@ def _cached(manifest, settings):
     except OSError: return None
     return read_manifest(manifest) if same else None
 
-# %% ../../nbs/2_data/21_phantom.ipynb #55d8c835
+# %% ../../nbs/2_data/21_phantom.ipynb #c5e2c098
 def _check_plan(counts, contrasts, sites):
     "ConfigError where a cohort cannot be planned"
     for s in counts: check_choice('split', s, SPLITS)
@@ -746,7 +776,7 @@ def _check_plan(counts, contrasts, sites):
         raise ConfigError('cohort', given=f'{counts}, {len(contrasts)} contrasts, {len(sites)} sites', expected='one or more of each',
             hint='counts maps train, validation and test to numbers of subjects.')
 
-# %% ../../nbs/2_data/21_phantom.ipynb #b8708bf7
+# %% ../../nbs/2_data/21_phantom.ipynb #ffcbb6b3
 def _clear(manifest):
     "Remove what an older simulated cohort left; DiskError where that is forbidden"
     stale = [manifest.parent/k for k in _sidecar(manifest).get('sha256', {}) if '/' not in k]
@@ -756,13 +786,13 @@ def _clear(manifest):
         raise DiskError(f'removing an older cohort in {manifest.parent}', given=e.strerror, expected='a writable folder',
             hint='Choose another folder.') from e
 
-# %% ../../nbs/2_data/21_phantom.ipynb #1f6dabf1
+# %% ../../nbs/2_data/21_phantom.ipynb #88e1942b
 def _make_all(folder, seed, plan, progress):
     "Write all subjects of the plan, two at a time; returns the subjects and their parameters"
     def make(number): return _write_subject(folder, *plan[number][1:])
     template(), lesion_sites(), shell_distance()
     subjects, drawn = [], {}
-    with _one_blas_thread(), ThreadPoolExecutor(2) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(2) as pool:
         for (split, patient, *_), (paths, parameters) in zip(plan, pool.map(make, range(len(plan))), strict=True):
             subjects.append(Subject(patient, split, paths))
             drawn[patient] = parameters
@@ -776,7 +806,7 @@ def _plan(counts, seed, sites, options):
     kind = lambda k: dict(site=sites[k % len(sites)], pathology='glioma' if k % 3 == 1 else 'ms')
     return [(s, f'simulated{n:02d}', person(n-1), {**options, **kind(k)}) for n, (s, k) in enumerate(rows, 1)]
 
-# %% ../../nbs/2_data/21_phantom.ipynb #7792250a
+# %% ../../nbs/2_data/21_phantom.ipynb #a6c04de0
 def simulate_cohort(
     folder,                     # where the volumes and manifest.csv go
     *,

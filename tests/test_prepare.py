@@ -1,0 +1,351 @@
+"Preparation: same bytes whatever happened on the way, only what depends on a setting redone, failures listed, the way back exact"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from samples import AFFINES, turned
+
+from i2i_mamba_nb.core import CohortError, ConfigError, I2IError, ShapeError, numpy_rng
+from i2i_mamba_nb.data import prepare
+from i2i_mamba_nb.data.archives import propose_manifest
+from i2i_mamba_nb.data.cohort import Cohort, Subject, read_manifest, write_manifest
+from i2i_mamba_nb.data.prepare import (STEPS, Geometry, Steps, best_slices, choose_reference, content_key, frame_of, into_frame,
+    look_at_cohort, needs_work, out_of_frame, prepare_cohort, read_steps, run_jobs, worker_count)
+from i2i_mamba_nb.data.slices import load_subject
+from i2i_mamba_nb.data.volume import Volume, read_volume, to_canonical, write_volume
+
+def blob(shape=(40, 44, 26), key=0, centre=(0, 0, 0)):
+    "A head with structure in every direction, so that registration and shifts have something to hold on to"
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n)-c for n, c in zip(shape, centre, strict=True)), indexing='ij')
+    inside = (x/.8)**2+(y/.85)**2+(z/.9)**2 < 1
+    waves = np.sin(7*x+key)*np.cos(6*y)+np.sin(5*z+2*x)+.7*np.cos(9*y*z)
+    return inside, waves
+
+def image(modality, key=0, shape=(40, 44, 26), centre=(0, 0, 0)):
+    inside, waves = blob(shape, key, centre)
+    noise = numpy_rng(key, modality).standard_normal(shape)
+    value = dict(T1=100+40*waves, T2=180-50*waves+8*waves**2, PD=90+25*np.abs(waves), CT=40+200*(waves > 1))[modality]
+    air = -1000 if modality == 'CT' else 0
+    return np.where(inside, value+2*noise, air).astype(np.float32)
+
+GRID = np.diag([2., 2., 3., 1.])
+GRID[:3, 3] = -40, -44, -39
+
+def study(folder, patients=('a', 'b', 'c'), modalities=('T1', 'T2'), affines=None):
+    "Volumes of some patients; `affines` places a modality elsewhere"
+    for k, p in enumerate(patients):
+        for m in modalities: write_volume(folder/p/f'{m}.nii.gz', Volume(image(m, k), (affines or {}).get(m, GRID)))
+    return propose_manifest(folder, splits={p: ('train', 'validation', 'test')[k % 3] for k, p in enumerate(patients)})
+
+def content(folder, *names):
+    "Bytes of every file of a prepared cohort but its log"
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for n in names or ('volumes', 'records', 'pictures', 'cache')
+        for p in sorted((folder/n).rglob('*')) if p.is_file()}
+
+moved = GRID.copy()
+moved[:3, 3] += 6, -4, 3        # the header of T2 is wrong by some millimetres
+OTHER = dict(T2=moved)
+
+# ---- settings -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('bad,words', [(dict(register='sum'), 'register'), (dict(brain='yes'), 'brain'), (dict(size=(3,)), 'two whole'),
+    (dict(size=(0, 4)), 'two whole'), (dict(slices=-1), 'slices'), (dict(slices=2.5), 'slices'), (dict(slices=True), 'slices'),
+    (dict(intensity={'T1': 'minmax'}), 'intensity of T1')])
+def test_impossible_settings(bad, words):
+    with pytest.raises(ConfigError, match=words): Steps(**bad)
+
+def test_settings_from_files(tmp_path):
+    path = tmp_path/'s.json'
+    path.write_text(json.dumps(dict(n4=['T1'], size=[8, 9])))
+    assert read_steps(path) == Steps(n4=('T1',), size=(8, 9)) and read_steps('brain') is STEPS['brain']
+    with pytest.raises(ConfigError, match='brain'): read_steps('brian')
+    path.write_text('{"slice": 3}')
+    with pytest.raises(ConfigError, match="'slices'"): read_steps(path)
+    for text in ('[3]', '{', ''):
+        path.write_text(text)
+        with pytest.raises(ConfigError): read_steps(path)
+
+def test_reference(tmp_path):
+    cohort = study(tmp_path, modalities=('T2', 'PD', 'T1'))
+    assert choose_reference(cohort, Steps()) == 'T1' and choose_reference(cohort, Steps(reference='PD')) == 'PD'
+    (tmp_path/'a'/'T1.nii.gz').unlink()
+    cohort = propose_manifest(tmp_path)
+    assert choose_reference(cohort, Steps()) == 'T2'
+    with pytest.raises(ConfigError, match='reference'): choose_reference(cohort, Steps(reference='FLAIR'))
+
+def test_keys_change_with_everything_and_nothing_else():
+    base = content_key('n4', ['a', 'b'], dict(x=1, y=2))
+    assert base == content_key('n4', ('a', 'b'), dict(y=2, x=1))
+    others = [content_key('brain', ['a', 'b'], dict(x=1, y=2)), content_key('n4', ['b', 'a'], dict(x=1, y=2)),
+        content_key('n4', ['a', 'b'], dict(x=1, y=3)), content_key('n4', ['ab'], dict(x=1, y=2))]
+    assert len({base, *others}) == 5
+
+# ---- the frame ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('order,flips', AFFINES)
+def test_the_way_back_is_exact_in_48_orientations(tmp_path, order, flips):
+    data = numpy_rng(0, 'frame', *order, *flips).standard_normal((7, 11, 9)).astype(np.float32)
+    stored = read_volume(write_volume(tmp_path/'v.nii.gz', Volume(data, turned(order, flips))))
+    canonical, _ = to_canonical(stored)
+    for start, size in (((0, 0, 0), canonical.shape), ((-3, -2, -1), tuple(n+5 for n in canonical.shape)), ((1, 2, 3), (4, 3, 2)),
+        ((-2, 3, 0), (5, 99, 2))):
+        g = Geometry(stored.shape, tuple(map(tuple, stored.affine.tolist())), start, size)
+        frame = into_frame(canonical, g, fill=-9)
+        assert frame.shape == tuple(size)
+        back = out_of_frame(frame.data, json.loads(json.dumps(g.__dict__)), fill=-9)
+        seen = back.data != -9
+        assert np.array_equal(back.affine, stored.affine) and np.array_equal(back.data[seen], data[seen])
+        low, high = np.maximum(start, 0), np.minimum(np.add(start, size), canonical.shape)
+        assert seen.sum() == np.prod(high-low)
+        inner = np.array([*np.maximum(-np.array(start), 0), 1])     # a voxel of the frame that lies in the image
+        assert np.allclose(frame.affine@inner, canonical.affine@[*low, 1], atol=1e-6)
+    with pytest.raises(ShapeError): out_of_frame(np.zeros((3, 3, 3)), g)
+
+def test_best_slices_against_a_search():
+    rng = numpy_rng(0, 'slices')
+    for _ in range(200):
+        mask = rng.random((4, 5, int(rng.integers(1, 20)))) < .3
+        n = int(rng.integers(1, mask.shape[2]+1))
+        total = [mask[:, :, k:k+n].sum() for k in range(mask.shape[2]-n+1)]
+        assert best_slices(mask, n) == int(np.argmax(total))
+    with pytest.raises(CohortError, match='at least 9'): best_slices(np.ones((2, 2, 8), bool), 9)
+
+def test_frame_is_about_the_head():
+    mask = np.zeros((30, 40, 20), bool)
+    mask[4:11, 20:39, 5:9] = True
+    start, size = frame_of(mask, Steps(size=(16, 24), slices=4))
+    assert size == (16, 24, 4) and start[2] == 5 and abs(start[0]+8-7.5) <= .5 and abs(start[1]+12-29.5) <= .5
+    assert frame_of(mask, Steps()) == ((0, 0, 0), (30, 40, 20))
+    with pytest.raises(CohortError, match='head'): frame_of(mask & False, Steps())
+
+# ---- what is touched and what is not --------------------------------------------------------------------------------------------
+def test_work_is_needed_only_where_voxels_change(tmp_path):
+    same, other = study(tmp_path/'same'), study(tmp_path/'other', affines=OTHER)
+    assert not needs_work(same, Steps()) and not needs_work(same, Steps(intensity={'*': 'zscore'})) and needs_work(other, Steps())
+    assert needs_work(same, Steps(slices=3)) and needs_work(same, Steps(register='all'))
+
+def test_files_on_the_references_grid_keep_every_bit(tmp_path):
+    cohort = study(tmp_path/'raw', affines=OTHER)
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
+    for s in done.cohort.subjects:
+        before, after = read_volume(cohort.patient(s.patient).paths['T1']), read_volume(s.paths['T1'])
+        assert np.array_equal(before.data, after.data) and np.array_equal(before.affine, after.affine)
+        assert read_volume(s.paths['T2']).shape == after.shape and set(load_subject(s, ['T1', 'T2']).images) == {'T1', 'T2'}
+    assert not done.failures and done.cohort.modalities == ('T1', 'T2')
+
+def test_registration_undoes_a_wrong_header(tmp_path):
+    cohort = study(tmp_path/'raw', patients=('a',), affines=OTHER)
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
+    record = done.records['a']
+    fit = record['registration']['T2']
+    assert fit['after'] > fit['before']+.05 and not fit['refused'] and np.abs(np.array(fit['matrix'])[:3, 3]-[6, -4, 3]).max() < 1.5
+    assert max(map(abs, record['shifts']['T2'])) < prepare.SHIFT and record['notes'] == []
+    alone = prepare_cohort(cohort, tmp_path/'none', Steps(register='none'), workers=1)
+    shift = alone.records['a']['shifts']['T2']
+    assert max(map(abs, shift)) >= 1.5 and any('voxels off T1' in n for n in alone.records['a']['notes'])
+
+def test_a_refused_registration_leaves_the_image_where_its_header_puts_it(tmp_path, monkeypatch):
+    cohort = study(tmp_path/'raw', patients=('a',), affines=OTHER)
+    monkeypatch.setattr(prepare, 'register', lambda f, m: prepare.Registration(np.eye(4), .5, .4, 'it fell'))
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
+    assert any('refused (it fell)' in n for n in done.records['a']['notes']) and 'refused' in done.cohort.subjects[0].notes
+    alone = prepare_cohort(cohort, tmp_path/'none', Steps(register='none'), workers=1)
+    assert done.records['a']['files']['T2']['sha256'] == alone.records['a']['files']['T2']['sha256']
+
+def test_a_shift_of_one_voxel_is_reported(tmp_path):
+    cohort = study(tmp_path)
+    path = tmp_path/'b'/'T2.nii.gz'
+    v = read_volume(path)
+    write_volume(path, v._replace(data=np.roll(v.data, 1, 1)))
+    cohort = propose_manifest(tmp_path)
+    looked, failures = look_at_cohort(cohort, workers=1)
+    assert not failures and {s.patient: bool(s.notes) for s in looked.subjects} == dict(a=False, b=True, c=False)
+    assert 'T2: lies' in looked.patient('b').notes and abs(looked.info['shifts']['b']['T2'][1]-1) < .3
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(size=(32, 32)), workers=1)
+    assert 'T2: lies' in done.cohort.patient('b').notes and not done.cohort.patient('a').notes
+
+def test_labels_follow_the_image_they_were_drawn_on(tmp_path):
+    for p in ('a', 'b'):
+        for m in ('T1', 'T2'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m), OTHER.get(m, GRID)))
+        marks = (image('T2') > 230).astype(np.float32)*3
+        write_volume(tmp_path/p/'lesion.nii.gz', Volume(marks, moved))
+    done = prepare_cohort(propose_manifest(tmp_path), tmp_path/'out', Steps(), workers=1)
+    s = done.cohort.subjects[0]
+    label, t2 = (read_volume(s.paths[n]).data for n in ('lesion', 'T2'))
+    assert set(np.unique(label)) == {0, 3} and 'lesion' not in done.cohort.modalities
+    assert t2[label == 3].mean() > t2[(label == 0) & (t2 > 50)].mean()+30
+
+def test_ct_stays_in_hounsfield_units(tmp_path):
+    for p in ('a', 'b', 'c'):
+        for m in ('T2', 'CT'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m), GRID))
+    done = prepare_cohort(propose_manifest(tmp_path), tmp_path/'out', Steps(size=(64, 64), n4=('*',), brain='keep'), workers=1)
+    s = done.cohort.subjects[0]
+    ct = read_volume(s.paths['CT']).data
+    assert ct.min() == -1024 and (ct[12:52, 10:54][image('CT') > -900] == image('CT')[image('CT') > -900]).mean() > .99
+    assert s.intensity['CT'][:2] == (-1024, 3071) and s.intensity['T2'].kind == 'window'
+
+# ---- intensities ----------------------------------------------------------------------------------------------------------------
+def test_mean_max_takes_its_scale_from_training_subjects(tmp_path):
+    for k, p in enumerate('abc'):
+        data = image('T1', k)
+        data[20, 20, 13] = (1000, 500, 9000)[k]      # the test subject's own maximum must not count
+        write_volume(tmp_path/p/'T1.nii.gz', Volume(data, GRID)), write_volume(tmp_path/p/'T2.nii.gz', Volume(image('T2', k), GRID))
+    cohort = propose_manifest(tmp_path, splits=dict(a='train', b='train', c='test'))
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(register='all', intensity={'*': 'mean_max'}), workers=1)
+    means, tops = zip(*((v.mean(dtype=float), v.max()) for s in done.cohort.subjects for v in [read_volume(s.paths['T1']).data]), strict=True)
+    scale = max(t/m for t, m in zip(tops[:2], means, strict=False))
+    for s, m in zip(done.cohort.subjects, means, strict=True):
+        assert s.intensity['T1'].low == 0 and np.isclose(s.intensity['T1'].high, m*scale, rtol=1e-5)
+
+def test_intensities_come_back_with_the_manifest(tmp_path):
+    cohort = study(tmp_path/'raw')
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(size=(32, 36), intensity={'*': 'window', 'T2': 'zscore'}), workers=1)
+    again = read_manifest(write_manifest(tmp_path/'out'/'manifest.csv', done.cohort))
+    s = again.patient('a')
+    assert s.intensity['T2'].kind == 'zscore' and s.intensity == done.cohort.patient('a').intensity
+    loaded = load_subject(s, ['T1', 'T2'])
+    assert loaded.windows['T2'] == s.intensity['T2']
+    for m in ('T1', 'T2'):
+        original = to_canonical(read_volume(s.paths[m]))[0].data
+        back, i = s.intensity[m].invert(loaded.images[m]), s.intensity[m]
+        inside = (original >= i.low) & (original <= i.high) | (not i.clip)
+        assert np.abs(back-original)[inside].max() <= 1e-6*(i.high-i.low)*8
+    geometry = again.info['geometry']['a']
+    whole = out_of_frame(read_volume(s.paths['T1']).data, geometry)
+    first = read_volume(cohort.patient('a').paths['T1'])
+    assert np.array_equal(whole.affine, first.affine) and whole.shape == first.shape
+    assert np.array_equal(whole.data[whole.data != 0], first.data[whole.data != 0])
+
+# ---- the same bytes -------------------------------------------------------------------------------------------------------------
+def test_two_processes_write_what_one_writes(tmp_path):
+    cohort = study(tmp_path/'raw', affines=OTHER)
+    one = prepare_cohort(cohort, tmp_path/'one', Steps(n4=('T1',)), workers=1)
+    two = prepare_cohort(cohort, tmp_path/'two', Steps(n4=('T1',)), workers=2)
+    assert content(tmp_path/'one') == content(tmp_path/'two') and one.records == two.records
+
+def computed(folder):
+    "What the last run's log says was computed, subject by subject"
+    rows = [r.split('","') for r in (folder/'log.csv').read_text().splitlines()[1:]]
+    return {r[1]: r[4] for r in rows}
+
+def test_only_what_depends_on_a_setting_is_redone(tmp_path):
+    cohort, out = study(tmp_path/'raw', patients=('a', 'b'), affines=OTHER), tmp_path/'out'
+    first = prepare_cohort(cohort, out, Steps(n4=('T1',)), workers=1)
+    assert computed(out)['a'] == 'registerx1 n4x1 shiftx1 volumesx1 intensityx2'
+    before = content(out)
+    assert prepare_cohort(cohort, out, Steps(n4=('T1',)), workers=1).records == first.records
+    assert computed(out) == dict(a='nothing', b='nothing') and content(out) == before
+    prepare_cohort(cohort, out, Steps(n4=('T1',), size=(30, 30)), workers=1)
+    assert computed(out)['a'] == 'volumesx1 intensityx2'
+    prepare_cohort(cohort, out, Steps(n4=('T1', 'T2'), size=(30, 30)), workers=1)
+    assert computed(out)['a'] == 'n4x1 shiftx1 volumesx1 intensityx1'
+    prepare_cohort(cohort, out, Steps(n4=('T1', 'T2'), size=(30, 30), intensity={'T1': 'zscore'}), workers=1)
+    assert computed(out)['a'] == 'intensityx1'
+    write_volume(tmp_path/'raw'/'b'/'T1.nii.gz', Volume(image('T1', 7), GRID))
+    prepare_cohort(propose_manifest(tmp_path/'raw'), out, Steps(n4=('T1', 'T2'), size=(30, 30), intensity={'T1': 'zscore'}), workers=1)
+    assert computed(out)['a'] == 'nothing' and computed(out)['b'].startswith('registerx1 n4x2')
+
+def test_damaged_results_are_made_again(tmp_path):
+    cohort, out = study(tmp_path/'raw', patients=('a', 'b'), affines=OTHER), tmp_path/'out'
+    prepare_cohort(cohort, out, Steps(n4=('T1',)), workers=1)
+    before = content(out)
+    for path in [*(out/'cache').iterdir(), out/'records'/'a.json', out/'volumes'/'b'/'T2.nii.gz']:
+        path.write_bytes(path.read_bytes()[:-9])
+    prepare_cohort(cohort, out, Steps(n4=('T1',)), workers=1)
+    assert content(out) == before
+
+KILLED = """
+import sys
+from pathlib import Path
+from i2i_mamba_nb.data.cohort import read_manifest
+from i2i_mamba_nb.data.prepare import Steps, prepare_cohort
+if __name__ == '__main__':
+    prepare_cohort(read_manifest(sys.argv[1]), sys.argv[2], Steps(n4=('*',), size=(36, 40)), workers=int(sys.argv[3]),
+        progress=lambda done, *_: print(done, flush=True))
+"""
+
+@pytest.mark.parametrize('workers,after', [(1, 1), (2, 0), (2, 2)])
+def test_a_killed_run_goes_on_with_identical_bytes(tmp_path, workers, after):
+    cohort = study(tmp_path/'raw', patients='abcd', affines=OTHER)
+    manifest = write_manifest(tmp_path/'raw'/'m.csv', cohort)
+    (tmp_path/'run.py').write_text(KILLED)
+    words = [sys.executable, str(tmp_path/'run.py'), str(manifest), str(tmp_path/'out'), str(workers)]
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(after): running.stdout.readline()
+    time.sleep(1.5 if after else 6)
+    running.kill()
+    running.wait()
+    for _ in range(60):         # workers notice that their parent is gone
+        if not alive(running.pid): break
+        time.sleep(.25)
+    assert not alive(running.pid)
+    prepare_cohort(read_manifest(manifest), tmp_path/'out', Steps(n4=('*',), size=(36, 40)), workers=1)
+    prepare_cohort(read_manifest(manifest), tmp_path/'whole', Steps(n4=('*',), size=(36, 40)), workers=1)
+    assert content(tmp_path/'out') == content(tmp_path/'whole')
+    assert not [p for p in (tmp_path/'out').rglob('.part-*') if p.parent.name == 'volumes']
+
+def alive(group):
+    "Whether any process of a session is left"
+    try: os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError): return False
+    return any(int(p.name) != group and _group(p) == group for p in Path('/proc').glob('[0-9]*'))
+
+def _group(process):
+    try: return int((process/'stat').read_text().rsplit(')', 1)[1].split()[2])
+    except (OSError, IndexError): return 0
+
+# ---- failures -------------------------------------------------------------------------------------------------------------------
+def test_failures_are_listed_and_the_others_go_on(tmp_path):
+    cohort = study(tmp_path/'raw', patients='abcd', affines=OTHER)
+    (tmp_path/'raw'/'b'/'T2.nii.gz').write_bytes(b'no volume')
+    write_volume(tmp_path/'raw'/'c'/'T1.nii.gz', Volume(np.zeros((40, 44, 26)), GRID))
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
+    assert set(done.failures) == {'b', 'c'} and 'b/T2.nii.gz' in done.failures['b'] and [s.patient for s in done.cohort.subjects] == ['a', 'd']
+    assert done.cohort.info['failed'] == done.failures and 'failed' in (tmp_path/'out'/'log.csv').read_text()
+    assert len((tmp_path/'out'/'log.csv').read_text().splitlines()) == 5
+    for p in 'ad': (tmp_path/'raw'/p/'T1.nii.gz').write_bytes(b'')
+    with pytest.raises(I2IError): prepare_cohort(replace(cohort, info={}), tmp_path/'nobody', Steps(), workers=1)
+
+def test_a_missing_reference_is_a_failure_of_that_subject(tmp_path):
+    study(tmp_path/'raw')
+    (tmp_path/'raw'/'b'/'T1.nii.gz').unlink()
+    done = prepare_cohort(propose_manifest(tmp_path/'raw'), tmp_path/'out', Steps(reference='T1', size=(32, 32)), workers=1)
+    assert list(done.failures) == ['b'] and 'expected T1' in done.failures['b']
+
+def end_here(job):
+    "A job whose process dies"
+    if job == 1: os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+def test_a_process_that_dies_is_an_error_not_a_hang():
+    ended = dict(run_jobs(end_here, [0, 1, 2], workers=2))
+    assert set(ended) == {0, 1, 2} and 'ended before its work' in ended[1]['error']
+
+def test_names_that_would_share_a_folder_are_refused(tmp_path):
+    write_volume(tmp_path/'x.nii', Volume(image('T1'), GRID)), write_volume(tmp_path/'y.nii', Volume(image('T2'), GRID))
+    subjects = tuple(Subject(p, 'train', dict(T1=tmp_path/f)) for p, f in (('a b', 'x.nii'), ('a_b', 'y.nii')))
+    with pytest.raises(CohortError, match='a b and a_b|a_b and a b'): prepare_cohort(Cohort(subjects, ('T1',), tmp_path), tmp_path/'o', Steps())
+
+def test_workers():
+    assert worker_count(10**6, 1) == 1 and 1 <= worker_count(10**6) <= os.cpu_count() and worker_count(10**13) == 1
+    for bad in (0, -1, 2.5):
+        with pytest.raises(ConfigError, match='workers'): worker_count(1, bad)
+
+# ---- real volumes ---------------------------------------------------------------------------------------------------------------
+REAL = Path(__file__).resolve().parent.parent.parent/'shared'/'data'
+
+@pytest.mark.skipif(not REAL.exists(), reason='the real volumes are not here')
+def test_a_real_patient_is_framed_and_comes_back(tmp_path):
+    cohort = propose_manifest(REAL, '{patient}/{modality}.nii.gz')
+    done = prepare_cohort(cohort, tmp_path, Steps(size=(128, 160), slices=90), workers=1)
+    s = done.cohort.subjects[0]
+    assert read_volume(s.paths['T1']).shape == (128, 160, 90) and not done.failures
+    whole, first = out_of_frame(read_volume(s.paths['T2']).data, done.cohort.info['geometry']['cstar']), nib.load(REAL/'cstar'/'T2.nii.gz')
+    seen = whole.data != 0
+    assert np.array_equal(whole.affine, first.affine) and np.array_equal(whole.data[seen], first.get_fdata(dtype=np.float32)[seen])
