@@ -41,10 +41,10 @@ def datasets(folder):
     c, pair = cohort(folder), (('T1', 'T2'), 'PD')
     common = dict(size=SIZE, augment=True)
     kept = dict(common, folder=folder/'slices')
-    return {'pairs': SlicePairs(c, 'train', *pair, **common), 'pairs, from a folder': SlicePairs(c, 'train', *pair, **kept),
-        'pairs, centred': SlicePairs(c, 'train', *pair, size=SIZE, folder=folder/'slices'),
-        'pairs, three adjacent': SlicePairs(c, 'train', *pair, adjacent=3, **kept), 'unpaired': UnpairedSlices(c, 'train', *pair, **kept),
-        'many to many': ManyToMany(c, 'train', MODALITIES, **kept), 'pairs, turned': SlicePairs(c, 'train', *pair, rotate=5, zoom=.05, **kept)}
+    def pairs(**options): return SlicePairs(c, 'train', *pair, **options)
+    return {'pairs': pairs(**common), 'pairs, from a folder': pairs(**kept), 'pairs, centred': pairs(**{**kept, 'augment': False}),
+        'pairs, three adjacent': pairs(adjacent=3, **kept), 'pairs, turned': pairs(rotate=5, zoom=.05, **kept),
+        'unpaired': UnpairedSlices(c, 'train', *pair, **kept), 'many to many': ManyToMany(c, 'train', MODALITIES, **kept)}
 
 def batches(data, batch, items):
     "Lists of keys, epoch after epoch, about `items` in all"
@@ -81,10 +81,9 @@ def main():
         for name, data in datasets(Path(place)).items():
             if a.only not in name: continue
             taken = [measured(data, w, b, a.items, a.repeats) for w, b in SETTINGS]
-            first = taken[0]
-            rows[name] = dict(settings=taken, bars=[bar('slices per second, two workers, batch 4', first['slices_per_second'], at_least=400)],
-                measured=dict(busy=any(r['busy'] for r in taken)))
-            print(f'{name:24}', *(f'{r["workers"]}w b{r["batch"]}: {r["slices_per_second"]:5}' for r in taken), *map(told, rows[name]['bars']), sep='  ')
+            bars = [bar('slices per second, two workers, batch 4', taken[0]['slices_per_second'], at_least=400)]
+            rows[name] = dict(settings=taken, bars=bars, measured=dict(busy=any(r['busy'] for r in taken)))
+            print(f'{name:24}', *(f'{r["workers"]}w b{r["batch"]}: {r["slices_per_second"]:5}' for r in taken), told(bars[0]), sep='  ')
     stored(a.out, head, rows, what='slices per second through a DataLoader, 256 x 256 float32, two sources and '
         'one target (seven channels with three adjacent slices), nothing done with the batches', volumes=list(SHAPE), patients=PATIENTS)
 

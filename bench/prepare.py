@@ -26,7 +26,7 @@ def work(manifest, out, steps, workers, result):
     "In a process of its own: prepare, and write down what came out"
     done = prepare_cohort(read_manifest(manifest), out, read_steps(steps), workers=workers)
     gains = [f['after']-f['before'] for r in done.records.values() for f in r['registration'].values()]
-    shifts = [max(map(abs, s)) for r in done.records.values() for s in r['shifts'].values()]
+    shifts = [max(map(abs, s), default=0) for r in done.records.values() for s in r['shifts'].values()]
     write_json(result, dict(subjects=len(done.records), failures=len(done.failures), refused=sum(bool(f['refused'])
         for r in done.records.values() for f in r['registration'].values()), least_gain=min(gains), largest_shift=max(shifts)))
 
@@ -71,7 +71,7 @@ def main():
     a = p.parse_args()
     if a.work: return work(a.work[0], a.work[1], a.work[2], int(a.work[3]), a.work[4])
     head, plan = described(), preset('ixi-like', size='paper')
-    folder = plan.write(a.out/'raw', patients=list(plan.patients)[:a.subjects])
+    folder = plan.write(a.out/'raw', patients=[p.patient for p in plan.patients][:a.subjects])
     cohort = propose_manifest(folder)
     few = subset(cohort, a.few, a.out/'few.csv')
     rows = {f'{a.few} subjects, {w} processes': measured(few, a.out/f'few-{w}', a.steps, w) for w in (1, 2)}

@@ -2,7 +2,7 @@
 import pytest
 from samples import build
 
-from i2i_mamba_nb.data.prepare import propose_manifest
+from i2i_mamba_nb.data.archives import propose_manifest
 
 COLUMNS = ('malformed', 'mutations', 'flips', 'truncations', 'bombs', 'refused', 'unchanged', 'silent changes')
 TALLY, EXTREMES = {}, {}

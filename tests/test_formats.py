@@ -75,24 +75,31 @@ HUGE = '9'*40
 def m(**fields): return mgh(**fields)
 MALFORMED = {
     '.mgh': {'empty': b'', '100 bytes': mgh()[:100], '283 bytes': mgh()[:283], 'header only': mgh()[:284], 'one byte short': mgh()[:-1],
-        'text': b'no image\n'*99, 'gzip': gzip.compress(mgh()), 'zeros': bytes(9000), 'noise': numpy_rng(0, 'n').bytes(9000), 'NIfTI': raw(),
+        'text': b'no image\n'*99, 'gzip': gzip.compress(mgh()), 'zeros': bytes(9000), 'noise': numpy_rng(0, 'n').bytes(9000),
+        'NIfTI': raw(),
         'LFS': b'version https://git-lfs.github.com/spec/v1\n'+b'x'*400, 'DICOM': bytes(128)+b'DICM'+bytes(900), 'version 2': m(version=2),
-        'zero x': m(dims=[0, 6, 4, 1]), 'negative y': m(dims=[5, -6, 4, 1]), 'two frames': m(dims=[5, 6, 2, 2]), 'no frame': m(dims=[5, 6, 4, 0]),
+        'zero x': m(dims=[0, 6, 4, 1]), 'negative y': m(dims=[5, -6, 4, 1]), 'two frames': m(dims=[5, 6, 2, 2]),
+        'no frame': m(dims=[5, 6, 4, 0]),
         '1024 cubed': m(dims=[1024, 1024, 1024, 1]), 'overflow': m(dims=[2**31-1, 2**31-1, 2**31-1, 1]), 'type 2': m(type=2),
-        'bitmap': m(type=5), 'tensor': m(type=6), 'type -1': m(type=-1), 'wider type': m(type=1, dims=[5, 6, 8, 1]), 'flag 7': m(goodRASFlag=7),
+        'bitmap': m(type=5), 'tensor': m(type=6), 'type -1': m(type=-1), 'wider type': m(type=1, dims=[5, 6, 8, 1]),
+        'flag 7': m(goodRASFlag=7),
         'NaN delta': m(delta=[1, np.nan, 1]), 'zero delta': m(delta=[1, 0, 1]), 'negative delta': m(delta=[1, -1, 1]),
         'delta 1e9': m(delta=[1, 1, 1e9]), 'NaN axes': m(Mdc=np.full((3, 3), np.nan)), 'singular axes': m(Mdc=np.ones((3, 3))),
         'zero axes': m(Mdc=np.zeros((3, 3))), 'infinite centre': m(Pxyz_c=[0, 0, np.inf]), 'centre 1e9': m(Pxyz_c=[0, 0, 1e9]),
         'NaN voxel': mgh(NAN), 'long tail': mgh(footer=bytes(2**24+1))},
     '.mgz': {'not packed': mgh(), 'cut': gzip.compress(mgh())[:-9], 'no trailer': gzip.compress(mgh())[:-8], 'long tail':
-        gzip.compress(mgh(footer=bytes(2**24+1))), 'rubbish': gzip.compress(mgh())+b'rubbish', 'short': gzip.compress(mgh()[:-4]), 'header only':
+        gzip.compress(mgh(footer=bytes(2**24+1))), 'rubbish': gzip.compress(mgh())+b'rubbish', 'short': gzip.compress(mgh()[:-4]),
+        'header only':
         gzip.compress(mgh()[:284]), 'bare magic': b'\x1f\x8b', 'checksum': gzip.compress(mgh())[:-8]+b'abcd'+gzip.compress(mgh())[-4:]},
-    '.nrrd': {'empty': b'', 'magic only': b'NRRD0005', 'no blank line': nrrd(b'', extra='')[:-1], 'no magic': nrrd(first='NERD0005'), 'web page':
-        b'<!DOCTYPE html>\n\n'+bytes(99), 'NIfTI': raw(), 'gzip': gzip.compress(nrrd()), 'long line': b'NRRD0005\ncontent: '+b'x'*2**21+b'\n\n',
+    '.nrrd': {'empty': b'', 'magic only': b'NRRD0005', 'no blank line': nrrd(b'', extra='')[:-1], 'no magic': nrrd(first='NERD0005'),
+    'web page':
+        b'<!DOCTYPE html>\n\n'+bytes(99), 'NIfTI': raw(), 'gzip': gzip.compress(nrrd()),
+        'long line': b'NRRD0005\ncontent: '+b'x'*2**21+b'\n\n',
         'many lines': b'NRRD0005\n'+b'# x\n'*30000+b'\n', 'long line that ends': nrrd(content='x'*2**20), 'no type': nrrd(drop=['type']),
         'no sizes': nrrd(drop=['sizes']), 'no dimension': nrrd(drop=['dimension']), 'no encoding': nrrd(drop=['encoding']),
         'no endian': nrrd(drop=['endian']), 'endian pdp': nrrd(endian='pdp'), 'ascii': nrrd(encoding='ascii'), 'hex': nrrd(encoding='hex'),
-        'bzip2': nrrd(encoding='bzip2'), 'block': nrrd(type='block'), 'unknown type': nrrd(type='float16'), 'detached': nrrd(data_file='v.raw'),
+        'bzip2': nrrd(encoding='bzip2'), 'block': nrrd(type='block'), 'unknown type': nrrd(type='float16'),
+        'detached': nrrd(data_file='v.raw'),
         'path outside': nrrd(data_file='/etc/passwd'), 'line skip': nrrd(line_skip='1'), 'byte skip': nrrd(byte_skip='-1'),
         '2-D': nrrd(dimension='2', sizes='5 24'), '5-D': nrrd(dimension='5', sizes='5 6 4 1 1'), 'two frames': nrrd(BODY*2, dimension='4',
         sizes='5 6 4 2'), 'vector': nrrd(dimension='4', sizes='3 5 6 4'), 'dimension x': nrrd(dimension='x'), 'huge dimension':
@@ -104,33 +111,45 @@ MALFORMED = {
         'space of 4': nrrd(extra='space dimension: 4\n'), 'in cm': nrrd(space_units='"cm" "cm" "cm"'), 'axis mins': nrrd(axis_mins='1 2 3'),
         'no voxel size': nrrd(drop=['space directions']), 'two directions': nrrd(space_directions='(1,0,0) (0,1,0)'), 'none':
         nrrd(space_directions='(1,0,0) (0,1,0) none'), 'flat': nrrd(space_directions='(1,0,0) (0,1,0) (1,1,0)'), 'NaN direction':
-        nrrd(space_directions='(1,0,0) (0,nan,0) (0,0,1)'), 'short direction': nrrd(space_directions='(1,0) (0,1,0) (0,0,1)'), 'infinite origin':
-        nrrd(space_origin='(0,0,inf)'), 'overflow in origin': nrrd(space_origin='(0,0,1e999)'), 'far origin': nrrd(space_origin='(0,0,1e9)'),
+        nrrd(space_directions='(1,0,0) (0,nan,0) (0,0,1)'), 'short direction': nrrd(space_directions='(1,0) (0,1,0) (0,0,1)'),
+        'infinite origin':
+        nrrd(space_origin='(0,0,inf)'), 'overflow in origin': nrrd(space_origin='(0,0,1e999)'),
+        'far origin': nrrd(space_origin='(0,0,1e9)'),
         'short origin': nrrd(space_origin='(0,0)'), 'spacing 1e-9': nrrd(space_directions='(1e-9,0,0) (0,1,0) (0,0,1)'), 'spacings NaN':
         nrrd(drop=['space directions'], spacings='1 2 nan'), 'voxel short': nrrd(BODY[:-4]), 'voxel more': nrrd(BODY+bytes(4)), 'NaN voxel':
-        nrrd(NANS), 'gzip cut': nrrd(gzip.compress(BODY)[:-9], encoding='gzip'), 'gzip rubbish': nrrd(gzip.compress(BODY)+b'x', encoding='gzip'),
+        nrrd(NANS), 'gzip cut': nrrd(gzip.compress(BODY)[:-9], encoding='gzip'), 'gzip rubbish': nrrd(gzip.compress(BODY)+b'x',
+        encoding='gzip'),
         'gzip short': nrrd(gzip.compress(BODY[:-4]), encoding='gzip'), 'gzip long': nrrd(gzip.compress(BODY+bytes(9)), encoding='gzip'),
         'not gzip': nrrd(encoding='gzip'), 'zlib': nrrd(ZLIB, encoding='gzip')},
     '.mha': {'empty': b'', 'text': b'hello world\n'*9, 'binary': numpy_rng(1, 'm').bytes(5000), 'no end': mha(b'', last=''), 'long line':
-        b'ObjectType = Image\nComment = '+b'x'*2**21, 'many lines': b'A = b\n'*30000, 'no dims': mha(drop=['NDims']), 'no size': mha(drop=['DimSize']),
-        'no type': mha(drop=['ElementType']), 'detached': mha(last='ElementDataFile = v.raw\n'), 'list': mha(last='ElementDataFile = LIST\nv.raw\n'),
+        b'ObjectType = Image\nComment = '+b'x'*2**21, 'many lines': b'A = b\n'*30000, 'no dims': mha(drop=['NDims']),
+        'no size': mha(drop=['DimSize']),
+        'no type': mha(drop=['ElementType']), 'detached': mha(last='ElementDataFile = v.raw\n'),
+        'list': mha(last='ElementDataFile = LIST\nv.raw\n'),
         'path outside': mha(last='ElementDataFile = /etc/passwd\n'), 'tube': mha(ObjectType='Tube'), '2-D': mha(NDims='2', DimSize='5 24'),
         '10 axes': mha(NDims='10'), 'NDims 1e30': mha(NDims=HUGE), 'two frames': mha(BODY*2, NDims='4', DimSize='5 6 4 2'), 'RGB':
-        mha(BODY*3, ElementNumberOfChannels='3'), 'array type': mha(ElementType='MET_FLOAT_ARRAY'), 'other type': mha(ElementType='MET_OTHER'),
-        'ascii': mha(BinaryData='False'), 'header size': mha(HeaderSize='4'), 'slope': mha(ElementToIntensityFunctionSlope='2'), 'slope NaN':
+        mha(BODY*3, ElementNumberOfChannels='3'), 'array type': mha(ElementType='MET_FLOAT_ARRAY'),
+        'other type': mha(ElementType='MET_OTHER'),
+        'ascii': mha(BinaryData='False'), 'header size': mha(HeaderSize='4'), 'slope': mha(ElementToIntensityFunctionSlope='2'),
+        'slope NaN':
         mha(ElementToIntensityFunctionSlope='nan'), 'order': mha(BinaryDataByteOrderMSB='Perhaps'), 'huge size': mha(DimSize='5 6 '+HUGE),
         'size zero': mha(DimSize='5 0 4'), 'size negative': mha(DimSize='5 -6 4'), 'size fraction': mha(DimSize='5 6.0 4'), 'two sizes':
-        mha(DimSize='5 6'), '1024 cubed': mha(DimSize='1024 1024 1024'), 'key twice': mha(extra='NDims = 3\n'), 'no equals': mha(extra='hello\n'),
+        mha(DimSize='5 6'), '1024 cubed': mha(DimSize='1024 1024 1024'), 'key twice': mha(extra='NDims = 3\n'),
+        'no equals': mha(extra='hello\n'),
         'misspelt': mha(drop=['TransformMatrix'], extra='TransfprmMatrix = 1 0 0 0 1 0 0 0 1\n'), 'misspelt offset': mha(drop=['Offset'],
-        extra='Offseu = 1 2 3\n'), 'spacing zero': mha(ElementSpacing='1 0 1'), 'spacing negative': mha(ElementSpacing='1 -1 1'), 'spacing NaN':
+        extra='Offseu = 1 2 3\n'), 'spacing zero': mha(ElementSpacing='1 0 1'), 'spacing negative': mha(ElementSpacing='1 -1 1'),
+        'spacing NaN':
         mha(ElementSpacing='1 nan 1'), 'spacing 1e9': mha(ElementSpacing='1 1 1e9'), 'two spacings': mha(ElementSpacing='1 1'), 'flat':
         mha(TransformMatrix='1 0 0 1 0 0 0 0 1'), 'zero matrix': mha(TransformMatrix='0 0 0 0 0 0 0 0 0'), 'short matrix':
         mha(TransformMatrix='1 0 0 0 1 0 0 0'), 'NaN matrix': mha(TransformMatrix='1 0 0 0 1 0 0 0 nan'), 'infinite offset':
         mha(Offset='0 0 inf'), 'far offset': mha(Offset='0 0 1e9'), 'in cm': mha(DistanceUnits='cm'), 'voxel short': mha(BODY[:-4]),
-        'voxel more': mha(BODY+bytes(4)), 'NaN voxel': mha(NANS), 'zlib cut': mha(ZLIB[:-9], CompressedData='True'), 'zlib checksum':
+        'voxel more': mha(BODY+bytes(4)), 'NaN voxel': mha(NANS), 'zlib cut': mha(ZLIB[:-9], CompressedData='True'),
+        'no checksum': mha(ZLIB[:-4], CompressedData='True'),
+        'half a checksum': mha(ZLIB[:-1], CompressedData='True'), 'zlib checksum':
         mha(ZLIB[:-4]+b'abcd', **PACKED), 'zlib rubbish': mha(ZLIB+b'x', CompressedData='True'), 'wrong packed size': mha(ZLIB,
         CompressedData='True', CompressedDataSize='99'), 'gzip': mha(gzip.compress(BODY), CompressedData='True'), 'zlib short':
-        mha(zlib.compress(BODY[:-4]), CompressedData='True'), 'zlib long': mha(zlib.compress(BODY+bytes(9)), CompressedData='True'), 'not packed':
+        mha(zlib.compress(BODY[:-4]), CompressedData='True'), 'zlib long': mha(zlib.compress(BODY+bytes(9)), CompressedData='True'),
+        'not packed':
         mha(CompressedData='True'), 'packed 2': mha(ZLIB, CompressedData='Maybe')},
 }
 CASES = [(suffix, name) for suffix, files in MALFORMED.items() for name in files]
@@ -179,7 +198,8 @@ TYPES = {'u1': ('uchar', 'MET_UCHAR'), 'i1': ('int8', 'MET_CHAR'), 'i2': ('short
 def test_types_against_simpleitk(tmp_path, kind, order, packed):
     body = SMALL.astype(kind).astype(order+kind).tobytes(order='F')
     gz, z = (gzip.compress(body), zlib.compress(body)) if packed else (body, body)
-    (tmp_path/'v.nrrd').write_bytes(nrrd(gz, type=TYPES[kind][0], endian={'<': 'little', '>': 'big'}[order], encoding='gzip' if packed else 'raw'))
+    (tmp_path/'v.nrrd').write_bytes(nrrd(gz, type=TYPES[kind][0], endian={'<': 'little', '>': 'big'}[order],
+        encoding='gzip' if packed else 'raw'))
     (tmp_path/'v.mha').write_bytes(mha(z, ElementType=TYPES[kind][1], BinaryDataByteOrderMSB=str(order == '>'),
         **(dict(CompressedData='True', CompressedDataSize=str(len(z))) if packed else {})))
     for path in (tmp_path/'v.nrrd', tmp_path/'v.mha'):
@@ -209,11 +229,14 @@ def test_mgh_without_good_geometry_takes_the_default_of_freesurfer(tmp_path):
     (tmp_path/'v.mgh').write_bytes(mgh(goodRASFlag=0))
     assert np.array_equal(read_volume(tmp_path/'v.mgh').affine, nib.load(tmp_path/'v.mgh').affine)
 
-@pytest.mark.parametrize('change', [{}, dict(space='right-anterior-superior'), dict(space='RAS'), dict(space='Left-Anterior-Superior'), dict(space='LAS'),
+@pytest.mark.parametrize('change', [{}, dict(space='right-anterior-superior'), dict(space='RAS'), dict(space='Left-Anterior-Superior'),
+    dict(space='LAS'),
     dict(space='lps'), dict(drop=['space', 'space directions', 'space origin'],
-        extra='space dimension: 3\nspace directions: (0,2,0) (3,0,0) (0,1,4)\nspace origin: (1,2,3)\n'), dict(drop=['space origin']), dict(drop=['kinds']),
+        extra='space dimension: 3\nspace directions: (0,2,0) (3,0,0) (0,1,4)\nspace origin: (1,2,3)\n'), dict(drop=['space origin']),
+        dict(drop=['kinds']),
     dict(drop=['space', 'space directions', 'space origin'], spacings='0.9 1.1 1.7'), dict(space_units='"mm" "mm" "mm"'),
-    dict(extra='# a comment\nDICOM_0010_0010:=somebody\n'), dict(space_directions='(0.9, 0.1, 0) (-0.1,1.1,0.2) ( 0 ,0,1.7 )'), dict(first='NRRD0004')])
+    dict(extra='# a comment\nDICOM_0010_0010:=somebody\n'), dict(space_directions='(0.9, 0.1, 0) (-0.1,1.1,0.2) ( 0 ,0,1.7 )'),
+    dict(first='NRRD0004'), dict(endian='Little', encoding='RAW', type='FLOAT')])
 def test_nrrd_geometry_against_simpleitk(tmp_path, change):
     (tmp_path/'v.nrrd').write_bytes(nrrd(**change))
     v = agree(tmp_path/'v.nrrd')
@@ -226,9 +249,12 @@ def test_nrrd_line_ends_of_windows(tmp_path):
     (tmp_path/'v.nrrd').write_bytes(head.replace(b'\n', b'\r\n')+body)
     assert np.array_equal(read_volume(tmp_path/'v.nrrd').data, SMALL)
 
-@pytest.mark.parametrize('change', [{}, dict(drop=['TransformMatrix']), dict(drop=['Offset', 'ElementSpacing']), dict(drop=['BinaryData', 'ObjectType']),
-    dict(drop=['TransformMatrix'], Rotation='0 1 0 -1 0 0 0 0 1'), dict(drop=['Offset'], Position='1 2 3'), dict(drop=['Offset'], Origin='1 2 3'),
-    dict(drop=['ElementSpacing'], ElementSize='2 3 4'), dict(AnatomicalOrientation='LPS', CenterOfRotation='9 9 9'), dict(DistanceUnits='mm'),
+@pytest.mark.parametrize('change', [{}, dict(drop=['TransformMatrix']), dict(drop=['Offset', 'ElementSpacing']),
+    dict(drop=['BinaryData', 'ObjectType']),
+    dict(drop=['TransformMatrix'], Rotation='0 1 0 -1 0 0 0 0 1'), dict(drop=['Offset'], Position='1 2 3'),
+    dict(drop=['Offset'], Origin='1 2 3'),
+    dict(drop=['ElementSpacing'], ElementSize='2 3 4'), dict(AnatomicalOrientation='LPS', CenterOfRotation='9 9 9'),
+    dict(DistanceUnits='mm'), dict(BinaryData='true', BinaryDataByteOrderMSB='F', CompressedData='false'),
     dict(TransformMatrix='0.6 0.8 0 -0.8 0.6 0 0 0 1'), dict(extra='0010|0010 = somebody\nInstitutionName = some place\n')])
 def test_mha_geometry_against_simpleitk(tmp_path, change):
     (tmp_path/'v.mha').write_bytes(mha(**change))
@@ -240,9 +266,11 @@ def test_mha_line_ends_of_windows(tmp_path):
     (tmp_path/'v.mha').write_bytes(mha(b'').replace(b'\n', b'\r\n')+BODY)
     assert np.array_equal(agree(tmp_path/'v.mha').data, SMALL)
 
-@pytest.mark.parametrize('content', [nrrd(dimension='4', sizes='5 6 4 1', space_directions=NRRD['space directions']+' none', kinds='domain domain domain time'),
+@pytest.mark.parametrize('content', [nrrd(dimension='4', sizes='5 6 4 1', space_directions=NRRD['space directions']+' none',
+    kinds='domain domain domain time'),
     nrrd(dimension='4', sizes='1 5 6 4', space_directions='none '+NRRD['space directions'], kinds='vector domain domain domain'),
-    mha(NDims='4', DimSize='5 6 4 1', TransformMatrix='0 1 0 0 -1 0 0 0 0 0 1 0 0 0 0 1', Offset='-3 4 5 0', ElementSpacing='0.9 1.1 1.7 1')])
+    mha(NDims='4', DimSize='5 6 4 1', TransformMatrix='0 1 0 0 -1 0 0 0 0 0 1 0 0 0 0 1', Offset='-3 4 5 0',
+    ElementSpacing='0.9 1.1 1.7 1')])
 def test_a_fourth_axis_of_one_is_dropped(tmp_path, content):
     kind = '.nrrd' if content.startswith(b'NRRD') else '.mha'
     (tmp_path/f'v{kind}').write_bytes(content)
@@ -357,11 +385,14 @@ def zeros(megabytes, wbits):
 def test_bombs_are_refused_in_little_memory(tmp_path, tally):
     gz, z, wide = zeros(150, 31), zeros(150, 15), '512 512 512'
     bytewise = mgh(np.zeros((2, 2, 2), 'u1'), dims=[512, 512, 512, 1])[:284]
-    files = {'.mgh': [mgh(dims=[1024]*3+[1]), mgh(dims=[512]*3+[1])], '.mgz': [gzip.compress(mgh(dims=[512]*3+[1])[:284]), gzip.compress(mgh())+gz,
+    files = {'.mgh': [mgh(dims=[1024]*3+[1]), mgh(dims=[512]*3+[1])], '.mgz': [gzip.compress(mgh(dims=[512]*3+[1])[:284]),
+        gzip.compress(mgh())+gz,
         gzip.compress(bytewise)+zeros(127, 31)+gzip.compress(numpy_rng(0, 'filler').bytes(20000))],
-        '.nrrd': [nrrd(sizes=wide), nrrd(gz, sizes='5 6 4', encoding='gzip'), nrrd(gz, sizes=wide, encoding='gzip'), nrrd(gz, sizes='1024 1024 1024',
+        '.nrrd': [nrrd(sizes=wide), nrrd(gz, sizes='5 6 4', encoding='gzip'), nrrd(gz, sizes=wide, encoding='gzip'),
+        nrrd(gz, sizes='1024 1024 1024',
             encoding='gzip', type='uchar'), nrrd(sizes='1 1 '+HUGE), b'NRRD0005\ncontent: '+b'x'*10**8],
-        '.mha': [mha(DimSize=wide), mha(z, CompressedData='True'), mha(z, DimSize=wide, CompressedData='True'), mha(z, DimSize='1024 1024 1024',
+        '.mha': [mha(DimSize=wide), mha(z, CompressedData='True'), mha(z, DimSize=wide, CompressedData='True'),
+        mha(z, DimSize='1024 1024 1024',
             CompressedData='True', ElementType='MET_CHAR'), mha(DimSize='1 1 '+HUGE), b'Comment = '+b'x'*10**8]}
     paths = []
     for suffix, contents in files.items():
@@ -391,7 +422,8 @@ def dicom(path, k=0, *, stored=None, uid='1.2.3', syntax=EXPLICIT, drop=(), sequ
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPInstanceUID = syntax, f'{uid}.{k+1}'
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.Modality, ds.SeriesDescription = f'{uid}.{k+1}', uid, '1', 'CT', 'made up'
+    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID = f'{uid}.{k+1}', uid, '1'
+    ds.Modality, ds.SeriesDescription = 'CT', 'made up'
     ds.PatientName, ds.PatientID = 'Nobody', 'none'
     ds.ImagePositionPatient = [round(float(x), 6) for x in np.array([10, 20, 30])+np.cross(ROW, COLUMN)*2.5*k]
     ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = [round(float(x), 9) for x in (*ROW, *COLUMN)], [.9, 1.1], 2.5
@@ -407,7 +439,8 @@ def dicom(path, k=0, *, stored=None, uid='1.2.3', syntax=EXPLICIT, drop=(), sequ
         outer.is_undefined_length_sequence_item = sequence == 'open'
         ds.add_new(0x00091001, 'UN', b'private'*3), ds.add_new(0x00090010, 'LO', 'somebody')
     for name, value in fields.items(): setattr(ds, name, value)
-    ds.PixelData = stored.astype(f'<{"ui"[ds.PixelRepresentation]}{ds.BitsAllocated//8}').tobytes()+b'\0'*(stored.size*ds.BitsAllocated//8 % 2)
+    body = stored.astype(f'<{"ui"[ds.PixelRepresentation]}{ds.BitsAllocated//8}').tobytes()
+    ds.PixelData = body+b'\0'*(len(body) % 2)
     for name in drop: del ds[name]
     ds.save_as(path, enforce_file_format=True, **(dict(little_endian=False, implicit_vr=False) if syntax == BIG else {}))
     return path
@@ -417,8 +450,10 @@ def series(folder, n=5, **options):
     folder.mkdir(exist_ok=True)
     return [dicom(folder/f'im{(3 if n % 3 else 2)*k % n}.dcm', k, **options) for k in range(n)]
 
-@pytest.mark.parametrize('options', [{}, dict(syntax=IMPLICIT), dict(sequence='closed'), dict(sequence='open'), dict(syntax=IMPLICIT, sequence='open'),
-    dict(RescaleSlope=.5, RescaleIntercept=7), dict(BitsStored=16, HighBit=15), dict(PixelRepresentation=1, BitsStored=12), dict(drop=['RescaleSlope',
+@pytest.mark.parametrize('options', [{}, dict(syntax=IMPLICIT), dict(sequence='closed'), dict(sequence='open'),
+    dict(syntax=IMPLICIT, sequence='open'),
+    dict(RescaleSlope=.5, RescaleIntercept=7), dict(BitsStored=16, HighBit=15), dict(PixelRepresentation=1, BitsStored=12),
+    dict(drop=['RescaleSlope',
     'RescaleIntercept']), dict(stored=STORED[0].astype('u1'), BitsStored=8, HighBit=7), dict(BitsAllocated=32, BitsStored=32, HighBit=31)])
 def test_dicom_against_simpleitk(tmp_path, options):
     names = series(tmp_path/'s', **options)
@@ -428,6 +463,18 @@ def test_dicom_against_simpleitk(tmp_path, options):
         v = read_volume(path)
         assert np.array_equal(v.data, data) and np.allclose(v.affine, oracle(names)[1], atol=1e-4)
         assert same_grid(v, read_grid(path)) and v.header['fields']['Modality'] == 'CT' and 'Nobody' not in str(v.header)
+
+def test_bytes_behind_the_voxels_of_a_slice(tmp_path):
+    names = series(tmp_path/'s', stored=STORED[0][:5].astype('u1'), BitsStored=8, HighBit=7, RescaleSlope='', RescaleIntercept='')
+    for name in names: name.write_bytes(name.read_bytes()+b'\xfc\xff\xfc\xffOB\0\0\4\0\0\0'+bytes(4))
+    v = read_volume(tmp_path/'s')
+    assert v.shape == (7, 5, 5) and np.array_equal(v.data[..., 3], STORED[0][:5].astype('u1').T) and isinstance(v.header, dict)
+
+def test_a_dicom_file_without_an_image_is_no_series(tmp_path):
+    series(tmp_path/'s')
+    dicom(tmp_path/'s'/'plan.dcm', uid='7.7', drop=['PixelData', 'Rows'])
+    refused(tmp_path/'s'/'plan.dcm', 'without')
+    assert read_volume(tmp_path/'s').shape == (7, 6, 5)
 
 def test_the_axes_of_a_dicom_series(tmp_path):
     v = read_volume(series(tmp_path/'s')[0])
@@ -464,8 +511,8 @@ def test_compressed_voxels(tmp_path, compressor):
         if compressor == 'RLE': ds.compress(pydicom.uid.RLELossless)
         else:
             writer, image = sitk.ImageFileWriter(), sitk.GetImageFromArray(ds.pixel_array)
-            writer.SetImageIO('GDCMImageIO'), writer.UseCompressionOn(), writer.SetCompressor(compressor), writer.SetFileName(str(tmp_path/'x.dcm'))
-            writer.Execute(image)
+            writer.SetImageIO('GDCMImageIO'), writer.UseCompressionOn(), writer.SetCompressor(compressor)
+            writer.SetFileName(str(tmp_path/'x.dcm')), writer.Execute(image)
             packed = pydicom.dcmread(tmp_path/'x.dcm')
             ds.file_meta.TransferSyntaxUID, ds.PixelData = packed.file_meta.TransferSyntaxUID, packed.PixelData
             ds['PixelData'].is_undefined_length, ds.BitsStored, ds.HighBit = True, packed.BitsStored, packed.HighBit
@@ -479,7 +526,8 @@ def test_compressed_voxels(tmp_path, compressor):
 def test_several_series_are_listed_never_guessed(tmp_path):
     series(tmp_path/'s'), series(tmp_path/'t', 3, uid='1.9', SeriesDescription='scout', Modality='MR')
     for p in (tmp_path/'t').iterdir(): p.rename(tmp_path/'s'/f't{p.name}')
-    assert [(s.uid, s.description, s.modality, len(s.files)) for s in list_series(tmp_path/'s')] == [('1.2.3', 'made up', 'CT', 5), ('1.9', 'scout', 'MR', 3)]
+    assert [(s.uid, s.description, s.modality, len(s.files)) for s in list_series(tmp_path/'s')] == [('1.2.3', 'made up', 'CT', 5),
+        ('1.9', 'scout', 'MR', 3)]
     e = refused(tmp_path/'s', '1.2.3 (made up, CT, 5 images)', '1.9 (scout, MR, 3 images)', 'series=')
     assert e.what == 'series'
     assert read_volume(tmp_path/'s', series='1.9').shape == (7, 6, 3) and read_grid(tmp_path/'s', series='1.2.3').shape == (7, 6, 5)
@@ -490,7 +538,8 @@ def test_several_series_are_listed_never_guessed(tmp_path):
 def test_other_files_stay_aside(tmp_path):
     series(tmp_path/'s')
     sound = ours(tmp_path/'s')
-    for name, content in (('notes.txt', b'text'), ('.hidden.dcm', b'x'), ('README', b'some text\n'), ('report.pdf', b'%PDF'+bytes(range(256))),
+    for name, content in (('notes.txt', b'text'), ('.hidden.dcm', b'x'), ('README', b'some text\n'),
+        ('report.pdf', b'%PDF'+bytes(range(256))),
         ('thumb.png', b'\x89PNG')): (tmp_path/'s'/name).write_bytes(content)
     dicom(tmp_path/'s'/'report.dcm', uid='7.7', drop=['PixelData', 'Rows'])
     (tmp_path/'s'/'deeper').mkdir()
@@ -508,7 +557,8 @@ def damage(folder, kind):
     files, f = sorted(folder.iterdir()), folder/'im1.dcm'      # im1 is slice 2 of 5
     again = lambda **o: dicom(f, 2, **o)
     if kind == 'missing slice': (folder/'im3.dcm').unlink(); return 'distance of slices'
-    if kind == 'uneven': again(ImagePositionPatient=[round(float(x), 6) for x in np.array([10, 20, 30])+np.cross(ROW, COLUMN)*5.3]); return 'distance'
+    if kind == 'uneven': again(ImagePositionPatient=[round(float(x), 6) for x in np.array([10, 20, 30])+np.cross(ROW,
+        COLUMN)*5.3]); return 'distance'
     if kind == 'sideways': again(ImagePositionPatient=[12, 20, 30]); return 'one place|distance'
     if kind == 'twice': dicom(folder/'im9.dcm', 2); return 'one place'
     if kind == 'size': again(stored=STORED[0][:5]); return 'size of'
@@ -535,8 +585,10 @@ def damage(folder, kind):
     if kind == 'all gone':
         for p in files: p.unlink()
         return 'folder without DICOM images'
-DAMAGE = ['missing slice', 'uneven', 'sideways', 'twice', 'size', 'orientation', 'spacing', 'type', 'frames', 'RGB', 'inverted', 'no position', 'no orientation',
-    'no spacing', 'no bits', 'bits', 'slope 0', 'zero spacing', 'skew', 'big endian', 'truncated', 'header only', 'preamble', 'no mark', 'empty', 'all gone']
+DAMAGE = ['missing slice', 'uneven', 'sideways', 'twice', 'size', 'orientation', 'spacing', 'type', 'frames', 'RGB', 'inverted',
+    'no position', 'no orientation',
+    'no spacing', 'no bits', 'bits', 'slope 0', 'zero spacing', 'skew', 'big endian', 'truncated', 'header only', 'preamble', 'no mark',
+    'empty', 'all gone']
 
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_damaged_series(tmp_path, tally, kind):
@@ -561,18 +613,21 @@ def test_1000_damaged_dicom_files(tmp_path, tally):
 def test_dicom_bombs(tmp_path, tally):
     head = dicom(tmp_path/'x.dcm').read_bytes()
     at = head.index(b'\x28\0\x10\0US')+8
-    contents = [head[:at]+b'\xff\xff'+head[at+2:], head[:132]+b'\2\0\x10\0UI\xff\xff'+bytes(99), head[:132]+b'\x08\0\x08\0OB\0\0\xff\xff\xff\x7f',
+    contents = [head[:at]+b'\xff\xff'+head[at+2:], head[:132]+b'\2\0\x10\0UI\xff\xff'+bytes(99),
+        head[:132]+b'\x08\0\x08\0OB\0\0\xff\xff\xff\x7f',
         head[:132]+b'\x08\0\x08\0SQ\0\0\xff\xff\xff\xff'+b'\xfe\xff\0\xe0\xff\xff\xff\xff\x08\0\x09\0SQ\0\0\xff\xff\xff\xff'*50000,
         head[:132]+b'\x08\0\x08\0SQ\0\0\xff\xff\xff\xff'+b'\xfe\xff\0\xe0\0\0\0\0'*300000]
     (tmp_path/'x.dcm').unlink()
     for k, content in enumerate(contents):
         (tmp_path/f'b{k}').mkdir()
         (tmp_path/f'b{k}'/'x.dcm').write_bytes(content)
-    out = subprocess.run([sys.executable, '-c', BOMBS, *(str(tmp_path/f'b{k}') for k in range(len(contents)))], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, '-c', BOMBS, *(str(tmp_path/f'b{k}') for k in range(len(contents)))], capture_output=True,
+        text=True, timeout=60)
     assert out.returncode == 0, out.stdout+out.stderr
     assert int(out.stdout.split()[0]) < 64 and float(out.stdout.split()[1]) < 20
     tally.add('DICOM', bombs=len(contents), refused=len(contents))
 
+@pytest.mark.filterwarnings('ignore:Expected explicit VR')
 def test_the_walk_reads_what_pydicom_reads():
     same, other = 0, []
     for name in sorted((Path(pydicom.__file__).parent/'data'/'test_files').glob('*.dcm')):
@@ -585,4 +640,180 @@ def test_the_walk_reads_what_pydicom_reads():
         assert fields.get('SeriesInstanceUID', '') == str(ds.get('SeriesInstanceUID', '')), name
         same += 1
     assert same > 40, (same, other)
-    print(same, other)
+
+# ---- what is written ------------------------------------------------------------------------------------------------------------
+WRITTEN = ['.nii', '.nii.gz', '.hdr', '.img', '.hdr.gz', '.img.gz', '.mgh', '.mgz', '.nrrd', '.mha']
+
+def sources(folder):
+    "One volume of each format, whole numbers in 16 bits where there is a choice"
+    data = np.rint(SMALL).astype('i2')
+    put(folder, raw(data), 'a.nii.gz'), put(folder, raw(SMALL), 'b.nii')
+    (folder/'c.mgh').write_bytes(mgh(data))
+    (folder/'d.nrrd').write_bytes(nrrd(data.astype('<i2').tobytes(order='F'), type='short'))
+    (folder/'e.mha').write_bytes(mha(data.astype('<i2').tobytes(order='F'), ElementType='MET_SHORT'))
+    series(folder/'f')
+    return [folder/n for n in ('a.nii.gz', 'b.nii', 'c.mgh', 'd.nrrd', 'e.mha', 'f')]
+
+def stored_kind(path):
+    "Voxel type on the disk, by another program"
+    if path.suffix in ('.nrrd', '.mha'): return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).dtype
+    return nib.load(path).get_data_dtype().newbyteorder('=')
+
+@pytest.mark.parametrize('suffix', WRITTEN)
+def test_every_format_to_every_suffix(tmp_path, suffix):
+    assert set(WRITTEN) == set(SUFFIXES)
+    for source in sources(tmp_path):
+        v, path = read_volume(source), tmp_path/'out'/f'{source.name[0]}{suffix}'
+        again = read_volume(write_volume(path, v))
+        assert again.data.tobytes() == v.data.tobytes() and np.allclose(again.affine, v.affine, rtol=1e-6, atol=1e-5)
+        files = {p: p.read_bytes() for p in path.parent.iterdir()}
+        write_volume(path, v)
+        assert files == {p: p.read_bytes() for p in path.parent.iterdir()}
+        wanted = np.float32 if source.name == 'b.nii' else np.uint16 if source.name == 'f' and suffix[:3] in ('.ni', '.hd',
+            '.im') else np.int16
+        assert stored_kind(path) == wanted
+        write_volume(path, v._replace(data=v.data+np.float32(.3)))
+        assert stored_kind(path) == np.float32 and np.array_equal(read_volume(path).data, v.data+np.float32(.3))
+
+@pytest.mark.parametrize('kind', ['u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'u8', 'i8', 'f4', 'f8'])
+@pytest.mark.parametrize('scale', [(1, 0), (1, 3), (.5, -7), (0, 3), (.003, 11.7), (-2, 1e6)])
+@pytest.mark.parametrize('version,order', [(1, '<'), (1, '>'), (2, '<')])
+def test_nifti_keeps_type_scale_order_and_header(tmp_path, kind, scale, version, order):
+    path = put(tmp_path, raw(voxels().astype(kind), version=version, order=order, scl_slope=scale[0], scl_inter=scale[1],
+        descrip=b'as it was',
+        cal_max=0, slice_duration=2.5, toffset=1.5, intent_name=b'x', aux_file=b'y', xyzt_units=10))
+    v = read_volume(path)
+    again = read_volume(write_volume(tmp_path/'w.nii', v))
+    assert again.data.tobytes() == v.data.tobytes() and again.header == v.header and again.header.endianness == order
+    v2 = v._replace(data=v.data+np.float32(.01)*np.arange(7, dtype=np.float32))
+    again = read_volume(write_volume(tmp_path/'w.nii', v2))
+    h = again.header
+    assert np.array_equal(again.data, v2.data)
+    if kind[0] != 'f': assert stored_kind(tmp_path/'w.nii') == np.float32 and (h['scl_slope'], h['scl_inter']) == (1,
+        0) and h['descrip'] == b'as it was'
+
+@pytest.mark.parametrize('kind', ['u8', 'i8', 'u4', 'i4', 'u2', 'i1'])
+def test_the_ends_of_integer_types_are_kept(tmp_path, kind):
+    info = np.iinfo(kind)
+    data = np.array([info.min, info.max, 0, 1, info.max//2, 5, 6, 7], kind).reshape(2, 2, 2)
+    v = read_volume(put(tmp_path, raw(data)))
+    assert read_volume(write_volume(tmp_path/'w.nii',
+        v)).data.tobytes() == v.data.tobytes() and stored_kind(tmp_path/'w.nii') == np.dtype(kind)
+
+def test_a_header_of_nibabel_whose_slope_was_never_set(tmp_path):
+    h = nib.Nifti1Header()
+    h.set_data_dtype(np.int16)
+    h['scl_slope'] = h['scl_inter'] = np.nan
+    for data, kind in ((np.rint(SMALL), np.int16), (SMALL, np.float32)):
+        again = read_volume(write_volume(tmp_path/'v.nii', Volume(data, RIGID, h)))
+        assert np.array_equal(again.data, data) and stored_kind(tmp_path/'v.nii') == kind
+    for code in (128, 32, 2304, 1536):
+        h['datatype'] = code
+        assert np.array_equal(read_volume(write_volume(tmp_path/'v.nii', Volume(SMALL, RIGID, h))).data, SMALL)
+
+def test_negative_zero_and_tiny_values_are_not_lost(tmp_path):
+    edge = np.array([0., -0., 1e-45, -1e-38, 3.4e38, -3.4e38, np.pi, 16777217], np.float32).reshape(2, 2, 2)
+    for source in sources(tmp_path):
+        for suffix in ('.nii', '.mgz', '.nrrd', '.mha'):
+            v = Volume(edge, RIGID, read_volume(source).header)
+            assert read_volume(write_volume(tmp_path/f'v{suffix}', v)).data.tobytes('F') == edge.tobytes('F')
+
+@pytest.mark.parametrize('low,high', [(90, 110), (0, 0), (-1e6, 1e6)])
+def test_display_limits_stay_where_they_make_sense(tmp_path, low, high):
+    v = read_volume(put(tmp_path, raw(cal_min=low, cal_max=high)))
+    h = read_volume(write_volume(tmp_path/'w.nii', v)).header
+    assert (h['cal_min'], h['cal_max']) == ((low, high) if low == 90 else (0, 0))
+    h = read_volume(write_volume(tmp_path/'w.nii', v._replace(data=v.data/1000))).header
+    assert (h['cal_min'], h['cal_max']) == (0, 0)
+
+def test_a_description_goes_with_the_volume_to_every_format(tmp_path):
+    for source in sources(tmp_path):
+        v = described(read_volume(source), 'simulated\nT2 = 1: research only é'+'x'*200)
+        for suffix in ('.nii.gz', '.nrrd', '.mha', '.hdr'):
+            path = write_volume(tmp_path/f'v{suffix}', v)
+            again = read_volume(path).header['descrip']
+            again = again if isinstance(again, str) else again.item().decode('utf-8', 'replace')
+            assert again.startswith('simulated T2 = 1: research only') or suffix in ('.nii.gz', '.hdr') and again.startswith('simulated')
+            if suffix in ('.nrrd', '.mha'): agree(path)
+
+def test_a_dict_takes_the_description_that_engine_predict_writes(tmp_path):
+    (tmp_path/'v.nrrd').write_bytes(nrrd())
+    v = read_volume(tmp_path/'v.nrrd')
+    header = v.header.copy()
+    header['descrip'] = b'synthetic T2'
+    assert nib.load(write_volume(tmp_path/'w.nii', v._replace(header=header))).header['descrip'] == b'synthetic T2'
+    assert 'descrip' in v.header and v.header['descrip'] == ''
+
+def test_pairs_are_never_mixed(tmp_path, monkeypatch):
+    v, w = Volume(SMALL, RIGID), Volume(SMALL+1, RIGID)
+    write_volume(tmp_path/'v.hdr.gz', v), write_volume(tmp_path/'v.img', w)
+    assert sorted(os.listdir(tmp_path)) == ['v.hdr', 'v.img'] and np.array_equal(read_volume(tmp_path/'v.hdr').data, w.data)
+    assert np.array_equal(nib.load(tmp_path/'v.hdr').get_fdata(dtype=np.float32), w.data)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    real = volume_module._stored
+    calls = []
+    def full(values, layout):
+        calls.append(1)
+        if len(calls) > 1: raise OSError(28, 'No space left on device')
+        return real(values, layout)
+    monkeypatch.setattr(volume_module, '_stored', full)
+    with pytest.raises(DiskError): write_volume(tmp_path/'v.hdr', Volume(voxels((300, 300, 30)), RIGID))
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+FULL = """
+import resource, signal, sys, numpy as np
+from i2i_mamba_nb.core import DiskError
+from i2i_mamba_nb.data.volume import SUFFIXES, Volume, write_volume
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+for suffix in SUFFIXES:
+    try: write_volume(sys.argv[1]+suffix, Volume(np.random.default_rng(0).random((30, 30, 30)), np.eye(4)))
+    except DiskError as e: print(e)
+"""
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    out = subprocess.run([sys.executable, '-c', FULL, str(tmp_path/'v')], capture_output=True, text=True, timeout=60)
+    assert out.stdout.count('bytes free') == len(SUFFIXES) and os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize('suffix', ['.mgz', '.nrrd', '.mha', '.img'])
+@pytest.mark.parametrize('data,affine', [(np.full((3, 4, 5), np.nan), RIGID), (SMALL+1j, RIGID), (SMALL[0], RIGID),
+    (SMALL, np.diag([1, 1, 0, 1.])),
+    (SMALL, np.full((4, 4), np.inf)), (SMALL, None)])
+def test_what_cannot_be_written(tmp_path, suffix, data, affine):
+    with pytest.raises(VolumeError, match=f'v{suffix}'): write_volume(tmp_path/f'v{suffix}', Volume(data, affine))
+    assert os.listdir(tmp_path) == []
+
+# ---- crops ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('order,flips', AFFINES[::5])
+def test_crops_and_their_inverse(order, flips):
+    v, rng = Volume(voxels(), turned(order, flips)), numpy_rng(0, 'crops', *order, *flips)
+    for _ in range(40):
+        start, size = rng.integers(-4, 6, 3), rng.integers(1, 14, 3)
+        if np.any(start+size <= 0) or np.any(start >= SHAPE): continue
+        c = crop(v, start, size, fill=-5)
+        assert c.shape == tuple(size) and c.data.dtype == np.float32
+        for index in rng.integers(0, size, (5, 3)):
+            place = index+start
+            inside = np.all((place >= 0) & (place < SHAPE))
+            assert c.data[tuple(index)] == (v.data[tuple(place)] if inside else -5)
+            assert np.allclose(c.affine@[*index, 1], v.affine@[*place, 1], rtol=0, atol=1e-9)
+        back = uncrop(c.data, start, SHAPE, fill=np.nan)
+        inside = ~np.isnan(back)
+        assert np.array_equal(back[inside], v.data[inside]) and inside.sum() == np.prod(np.minimum(start+size, SHAPE)-np.maximum(start, 0))
+        again = crop(c, -start, SHAPE)
+        assert np.allclose(again.affine, v.affine, atol=1e-9) and np.array_equal(again.data[inside], v.data[inside])
+
+def test_a_padded_volume_comes_back_whole(tmp_path):
+    v = Volume(voxels(), OBLIQUE, None)
+    wide = crop(v, (-3, -1, -2), (16, 16, 12))
+    assert np.array_equal(uncrop(wide.data, (-3, -1, -2), SHAPE), v.data)
+    again = read_volume(write_volume(tmp_path/'v.nii', wide))
+    assert np.allclose(again.affine, wide.affine, atol=1e-6) and np.array_equal(again.data, wide.data)
+    labels = uncrop(np.ones((2, 2, 2), np.uint8), (0, 0, 0), SHAPE)
+    assert labels.dtype == np.uint8 and labels.sum() == 8
+
+@pytest.mark.parametrize('start,size', [((9, 0, 0), (1, 1, 1)), ((0, 0, -1), (1, 1, 1)), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1)),
+    ((0, 0, .5), (1, 1, 1)),
+    ((0, 0, 0), (1, 1, -1))])
+def test_crops_outside_are_refused(start, size):
+    with pytest.raises(ShapeError, match='a box that meets the volume'): crop(Volume(voxels(), OBLIQUE), start, size)

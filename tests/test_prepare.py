@@ -167,13 +167,13 @@ def test_a_shift_of_one_voxel_is_reported(tmp_path):
     looked, failures = look_at_cohort(cohort, workers=1)
     assert not failures and {s.patient: bool(s.notes) for s in looked.subjects} == dict(a=False, b=True, c=False)
     assert 'T2: lies' in looked.patient('b').notes and abs(looked.info['shifts']['b']['T2'][1]-1) < .3
-    done = prepare_cohort(cohort, tmp_path/'out', Steps(size=(32, 32)), workers=1)
+    done = prepare_cohort(cohort, tmp_path/'out', Steps(size=(48, 48)), workers=1)
     assert 'T2: lies' in done.cohort.patient('b').notes and not done.cohort.patient('a').notes
 
 def test_labels_follow_the_image_they_were_drawn_on(tmp_path):
-    for p in ('a', 'b'):
-        for m in ('T1', 'T2'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m), OTHER.get(m, GRID)))
-        marks = (image('T2') > 230).astype(np.float32)*3
+    for k, p in enumerate('ab'):
+        for m in ('T1', 'T2'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m, k), OTHER.get(m, GRID)))
+        marks = (image('T2', k) > 230).astype(np.float32)*3
         write_volume(tmp_path/p/'lesion.nii.gz', Volume(marks, moved))
     done = prepare_cohort(propose_manifest(tmp_path), tmp_path/'out', Steps(), workers=1)
     s = done.cohort.subjects[0]
@@ -182,8 +182,8 @@ def test_labels_follow_the_image_they_were_drawn_on(tmp_path):
     assert t2[label == 3].mean() > t2[(label == 0) & (t2 > 50)].mean()+30
 
 def test_ct_stays_in_hounsfield_units(tmp_path):
-    for p in ('a', 'b', 'c'):
-        for m in ('T2', 'CT'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m), GRID))
+    for k, p in enumerate('abc'):
+        for m in ('T2', 'CT'): write_volume(tmp_path/p/f'{m}.nii.gz', Volume(image(m, k), GRID))
     done = prepare_cohort(propose_manifest(tmp_path), tmp_path/'out', Steps(size=(64, 64), n4=('*',), brain='keep'), workers=1)
     s = done.cohort.subjects[0]
     ct = read_volume(s.paths['CT']).data

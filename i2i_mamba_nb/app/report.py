@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['VOID', 'STYLE', 'POLICY', 'Html', 'escape', 'tag', 'save_figure', 'Picture', 'comparison', 'number', 'mean_std',
            'interval', 'Table', 'columns_of', 'csv_text', 'show_intervals', 'read_log', 'smooth', 'training', 'page',
-           'sections_of', 'write_report', 'picture_slice', 'Assessment', 'assess', 'results_rows', 'evaluation_page']
+           'sections_of', 'write_report', 'picture_slice', 'Assessment', 'assess', 'results_rows', 'evaluation_page',
+           'cohort_page']
 
 # %% ../../nbs/8_app/87_report.ipynb #765e8cee
 import base64
@@ -339,16 +340,14 @@ def _sources_at(subject, sources, truth):
     z = picture_slice(truth.mask, marks)
     return {m: (to_image(loaded.images[m], z)+1)/2 for m in sources}, z
 
-# %% ../../nbs/8_app/87_report.ipynb #815d3703
+# %% ../../nbs/8_app/87_report.ipynb #0180b72e
 class Assessment(NamedTuple):
     "Methods on the subjects of one split"
     rows: list          # of engine.evaluate, all methods
     summary: list       # one line per method
     pictures: list      # of Picture, subject by subject
 
-def _place(subject): return f'{subject.patient} {subject.session}'.strip()
-
-# %% ../../nbs/8_app/87_report.ipynb #d4369697
+# %% ../../nbs/8_app/87_report.ipynb #77c722c1
 def assess(
     methods,            # dict name -> predictor: Subject -> (x, y, z) canonical array in [0, 1]
     cohort,             # a Cohort
@@ -364,8 +363,8 @@ def assess(
     cuts, slices, rows = {}, {}, []
     for name, predict in methods.items():
         def keep(subject, fake, truth, name=name):
-            if _place(subject) not in cuts: cuts[_place(subject)] = (*_sources_at(subject, sources, truth), truth.image)
-            slices[name, _place(subject)] = to_image(fake, cuts[_place(subject)][1])
+            if subject.key not in cuts: cuts[subject.key] = (*_sources_at(subject, sources, truth), truth.image)
+            slices[name, subject.key] = to_image(fake, cuts[subject.key][1])
             if each: each(name, subject, fake, truth)
         rows += evaluate(predict, cohort, target, sources=sources, split=split, name=name, each=keep, progress=progress)
     pictures = [_row_picture(r, cuts[_row_place(r)], slices[r['method'], _row_place(r)], k >= shown)
@@ -420,3 +419,35 @@ def evaluation_page(
     pictures = [*drawn, *found.pictures, *(c for c in curves if c)]
     return write_report(folder, title=title, tables=tables, figures=pictures, card=card, notes=notes, files=files,
         simulated=card.get('simulated'))
+
+# %% ../../nbs/8_app/87_report.ipynb #2df37b24
+def _registration_rows(info):
+    "One row per registered image: mutual information before and after, and the shift that is left"
+    shifts = info.get('shifts', {})
+    return [dict(subject=n, modality=m, before=r['before'], after=r['after'], gain=r['after']-r['before'], refused=r['refused'],
+        shift=', '.join(f'{s:.2f}' for s in shifts.get(n, {}).get(m, ()))) for n, fits in info.get('registration', {}).items()
+        for m, r in fits.items()]
+
+def _checkerboards(folder, shown):
+    "Pictures that `prepare` left beside the volumes"
+    for path in sorted((folder/'pictures').glob('*.png'))[:shown]:
+        yield Picture('Registration', path.read_bytes(), f'checkerboards before and after the registration of {path.stem}', path.stem)
+
+# %% ../../nbs/8_app/87_report.ipynb #bdf60d4b
+def cohort_page(
+    manifest,       # path of the written manifest; the page lies beside it
+    cohort,         # its Cohort
+    *,
+    shown=6,        # patients on the contact sheet, and checkerboards
+):
+    "Path of the page that shows a cohort: counts, gaps, grids, contact sheet, registration. Raises DiskError, VolumeError"
+    from i2i_mamba_nb.data.archives import cohort_summary, contact_sheet
+    manifest, info = Path(manifest), cohort.info
+    registered = _registration_rows(info)
+    failed = [dict(subject=n, reason=e) for n, e in info.get('failed', {}).items()]
+    found = {**{k.capitalize(): v for k, v in cohort_summary(cohort).items()}, 'Registration': registered, 'Failed': failed,
+        'Notes': [dict(subject=s.key, note=s.notes) for s in cohort.subjects if s.notes]}
+    sheet = Picture('Contact sheet', save_figure(contact_sheet(cohort, n=shown)), 'one slice of each modality of some patients', 'Front up.')
+    return write_report(manifest.parent/f'{manifest.stem}-page', title=f'Cohort of {len(cohort.subjects)} subjects',
+        tables=[Table(h, rows) for h, rows in found.items() if rows], figures=[sheet, *_checkerboards(manifest.parent, shown)],
+        card=info.get('preparation'), simulated=info.get('simulated'))

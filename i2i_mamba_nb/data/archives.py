@@ -5,7 +5,7 @@ __all__ = ['ALIASES', 'FIELDS', 'WORDS', 'NAMED', 'LAYOUTS', 'ORDER', 'CHOICE', 
            'compile_pattern', 'Layout', 'fields_of', 'find_volumes', 'layout_of', 'propose_manifest', 'PaperSplit',
            'paper_split', 'cohort_summary', 'contact_sheet']
 
-# %% ../../nbs/2_data/25_archives.ipynb #26a4de02
+# %% ../../nbs/2_data/25_archives.ipynb #b74a235c
 import os
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import CohortError, ConfigError, check_choice, slice_view
-from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, natural_key, split_patients
+from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, is_dicom, natural_key, split_patients
 from .volume import SUFFIXES, VolumeError, list_series, read_grid, read_volume, same_grid, to_canonical
 
 # %% ../../nbs/2_data/25_archives.ipynb #4f8baa5a
@@ -143,31 +143,30 @@ def fields_of(
     rules = _rules(LAYOUTS[check_choice('layout', layout, LAYOUTS)])
     return next((m.groupdict() for r in rules if (m := r.fullmatch(_stem(name)))), None)
 
-# %% ../../nbs/2_data/25_archives.ipynb #d0718add
-def _is_dicom(path):
-    "Whether the letters DICM stand at byte 128 of a file"
-    try:
-        with open(path, 'rb') as f: return path.is_file() and f.read(132)[128:] == b'DICM'
-    except OSError: return False
-
-# %% ../../nbs/2_data/25_archives.ipynb #36390e7c
+# %% ../../nbs/2_data/25_archives.ipynb #28213d73
 def _one_folder(base, files):
     "(names of volumes, other names) of one folder; '' among the volumes stands for the folder itself, a DICOM series"
     volumes = [f for f in files if _stem(f) != f]
     halves = {_stem(f).lower() for f in volumes if '.hdr' in f.lower()[-7:]}
     volumes = [f for f in volumes if '.img' not in f.lower()[-7:] or _stem(f).lower() not in halves]
     others = [f for f in files if _stem(f) == f]
-    images = [f for f in others if _is_dicom(Path(base, f))]
+    images = [f for f in others if is_dicom(Path(base, f))]
     return volumes+['']*bool(images), [f for f in others if f not in images]
 
-# %% ../../nbs/2_data/25_archives.ipynb #dd128af2
+# %% ../../nbs/2_data/25_archives.ipynb #5820926f
+def _is_cohort(folder):
+    "Whether a folder holds a manifest and its sidecar"
+    table = Path(folder, 'manifest.csv')
+    try: return table.with_suffix('.json').is_file() and table.read_bytes()[:8] == b'patient,'
+    except OSError: return False
+
 def find_volumes(
     folder,             # what was unpacked
 ):
-    "(volumes, other files) as sorted relative paths; hidden files are passed over, linked folders named but not entered"
+    "(volumes, others) as sorted relative paths; hidden files passed over, linked folders and cohorts below named, not entered"
     volumes, rest = [], []
     for base, folders, files in os.walk(folder):
-        links = [f for f in folders if os.path.islink(os.path.join(base, f))]
+        links = [f for f in folders if os.path.islink(os.path.join(base, f)) or _is_cohort(os.path.join(base, f))]
         folders[:] = sorted(f for f in folders if not f.startswith('.') and f not in links)
         here = Path(base).relative_to(folder)
         found, other = _one_folder(base, sorted(f for f in files if not f.startswith('.')))
@@ -217,7 +216,7 @@ def _located(folder):
         where, left = where | named, left+unnamed
     return _shorter(where), sorted(rest)+left
 
-# %% ../../nbs/2_data/25_archives.ipynb #d8cd6a1c
+# %% ../../nbs/2_data/25_archives.ipynb #2cfec0ee
 def _by_layout(volumes, layout):
     "dict name -> fields of the volumes that a layout reads, and the patterns that read them"
     found, used = {}, []
@@ -227,6 +226,7 @@ def _by_layout(volumes, layout):
         found |= new
     return found, used
 
+# %% ../../nbs/2_data/25_archives.ipynb #c0fd45dd
 def _by_pattern(volumes, pattern):
     "dict name -> fields; a pattern that ends in no suffix and no star is held against names without suffix"
     strict, loose = compile_pattern(pattern, known=True), compile_pattern(pattern)
@@ -234,16 +234,27 @@ def _by_pattern(volumes, pattern):
     texts = {n: n if whole else _stem(n) for n in volumes}
     return {n: m.groupdict() for n, t in texts.items() if (m := strict.fullmatch(t) or loose.fullmatch(t))}
 
-# %% ../../nbs/2_data/25_archives.ipynb #89c209c9
+# %% ../../nbs/2_data/25_archives.ipynb #0e086049
+def _chosen(names, pattern, layout, top):
+    "(layout or None, patterns in use, dict name -> fields); `top`: name of the folder, the patient where it holds one person's images"
+    if pattern is not None: return None, [pattern], _by_pattern(names, pattern)
+    layouts = LAYOUTS if layout is None else [check_choice('layout', layout, LAYOUTS)]
+    read = {n: _by_layout(names, LAYOUTS[n]) for n in layouts}
+    best = max(read, key=lambda n: len(read[n][0]))
+    if not read[best][0] and 'folders' in read:
+        found, used = _by_layout([f'{top}/{n}' for n in names], LAYOUTS['folders'])
+        return 'folders', used, {n.removeprefix(f'{top}/'): f for n, f in found.items()}
+    return best, read[best][1], read[best][0]
+
 def layout_of(
     folder,             # what was unpacked
 ):
-    "Name of the layout that reads most volumes; None where none reads any"
-    volumes, _ = _located(Path(folder))
-    counts = {name: len(_by_layout(volumes, layout)[0]) for name, layout in LAYOUTS.items()}
-    return max(counts, key=counts.get) if any(counts.values()) else None
+    "Name of the layout that reads most volumes; None where none reads any. Raises VolumeError for a damaged DICOM file"
+    folder = Path(folder)
+    layout, _, found = _chosen(_located(folder)[0], None, None, folder.resolve().name)
+    return layout if found else None
 
-# %% ../../nbs/2_data/25_archives.ipynb #eaed1b9c
+# %% ../../nbs/2_data/25_archives.ipynb #3c99485c
 def _grouped(where, matches):
     "dict (patient, session) -> (dict modality -> path, site); CohortError where two files claim one place"
     groups = {}
@@ -256,7 +267,7 @@ def _grouped(where, matches):
         if f.get('site') and f['site'] not in sites: sites.append(f['site'])
     return groups
 
-# %% ../../nbs/2_data/25_archives.ipynb #51aee88c
+# %% ../../nbs/2_data/25_archives.ipynb #b63b4e97
 def _splits(patients, splits, fractions, seed):
     "dict patient -> split: as given, or drawn"
     if splits is None: return split_patients(patients, fractions=fractions, seed=seed)
@@ -266,43 +277,43 @@ def _splits(patients, splits, fractions, seed):
         raise CohortError('splits', given=f'none for {", ".join(left[:5])}', expected='one for every patient', hint='Add them.')
     return splits
 
-# %% ../../nbs/2_data/25_archives.ipynb #bdef5173
+# %% ../../nbs/2_data/25_archives.ipynb #9aca77ab
 def _grid_dict(grid):
     "Shape, voxel size and orientation of a grid, for a JSON file"
     import nibabel as nib
     size = np.linalg.norm(grid.affine[:3, :3], axis=0).round(4).tolist()
     return dict(shape=list(grid.shape), spacing=size, orientation=''.join(nib.aff2axcodes(grid.affine)))
 
-# %% ../../nbs/2_data/25_archives.ipynb #623ea3b3
+# %% ../../nbs/2_data/25_archives.ipynb #3c8e9cfd
+def _is_simulated(grid):
+    "Whether the description in a header begins with the word that the simulations of this book put there"
+    try: text = grid.header['descrip']
+    except (KeyError, ValueError, TypeError, IndexError): return False
+    text = text.item() if hasattr(text, 'item') else text
+    return (text.decode('latin-1') if isinstance(text, bytes) else str(text)).lower().startswith('simulated')
+
+# %% ../../nbs/2_data/25_archives.ipynb #79a1c9fd
 def _grid_info(subject):
-    "(grid of the first image, with those of images that lie elsewhere under 'other'; names of those images)"
+    "(grid of the first image, with those that lie elsewhere under 'other'; names of those images; whether any is simulated)"
     grids = {m: read_grid(p) for m, p in subject.paths.items()}
     first = next(iter(grids.values()))
     other = [m for m, g in grids.items() if not same_grid(first, g)]
     extra = dict(other={m: _grid_dict(grids[m]) for m in other}) if other else {}
-    return {**_grid_dict(first), **extra}, other
+    return {**_grid_dict(first), **extra}, other, any(map(_is_simulated, grids.values()))
 
-# %% ../../nbs/2_data/25_archives.ipynb #2c72f730
+# %% ../../nbs/2_data/25_archives.ipynb #0ea9956f
 def _describe(subjects, modalities, folder):
-    "What a reader of the manifest must know: grids, files off their subject's grid, modalities that subjects lack"
-    info = dict(grids={}, mismatched={}, missing={})
+    "What a reader of the manifest must know: simulated or not, grids, files off their subject's grid, modalities that subjects lack"
+    info = dict(simulated=False, grids={}, mismatched={}, missing={})
     for s in subjects:
-        info['grids'][s.key], other = _grid_info(s)
+        info['grids'][s.key], other, simulated = _grid_info(s)
+        info['simulated'] |= simulated
         names = [next(iter(s.paths)), *other]
         if other: info['mismatched'][s.key] = [s.paths[m].relative_to(folder).as_posix() for m in names]
         if lacks := [m for m in modalities if m not in s.paths]: info['missing'][s.key] = lacks
     return info
 
-# %% ../../nbs/2_data/25_archives.ipynb #9f5404a4
-def _chosen(volumes, pattern, layout):
-    "(layout's name or None, patterns in use, dict name -> fields): by pattern, by layout, or by the layout that reads most"
-    if pattern is not None: return None, [pattern], _by_pattern(volumes, pattern)
-    names = LAYOUTS if layout is None else [check_choice('layout', layout, LAYOUTS)]
-    read = {n: _by_layout(volumes, LAYOUTS[n]) for n in names}
-    best = max(read, key=lambda n: len(read[n][0]))
-    return best, read[best][1], read[best][0]
-
-# %% ../../nbs/2_data/25_archives.ipynb #ff4970ef
+# %% ../../nbs/2_data/25_archives.ipynb #ddc4524c
 def propose_manifest(
     folder,                     # where the volumes are
     pattern=None,               # e.g. '{patient}/{modality}_N4*.nii.gz'; all layouts are tried by default
@@ -316,19 +327,20 @@ def propose_manifest(
     if None not in (pattern, layout): raise ConfigError('pattern and layout', given='both', expected='one of them', hint='Drop one.')
     folder = Path(folder)
     where, rest = _located(folder)
-    wanted, (layout, used, matches) = pattern or (layout and f'the layout {layout}'), _chosen(where, pattern, layout)
-    if not matches: raise CohortError(f'folder {folder}', given=', '.join([*where, *rest][:5]) or 'no files',
-        expected=wanted or 'a common layout', hint='Give a pattern such as {patient}/{modality}.nii.gz.')
+    wanted = pattern or (layout and f'the layout {layout}') or 'a common layout'
+    layout, used, matches = _chosen(where, pattern, layout, folder.resolve().name)
+    if not matches: raise CohortError(f'folder {folder}', given=', '.join([*where, *rest][:5]) or 'no files', expected=wanted,
+        hint='Give a pattern such as {patient}/{modality}.nii.gz; stacks and pictures are read by data.imports.import_folder.')
     groups = _grouped(where, matches)
     split_of = _splits(sorted({p for p, _ in groups}), splits, fractions, seed)
     subjects = tuple(Subject(p, split_of[p], paths, session, notes=f'site {", ".join(sites)}' if sites else '')
         for (p, session), (paths, sites) in sorted(groups.items(), key=lambda g: [natural_key(k) for k in g[0]]))
     modalities = tuple(sorted({m for s in subjects for m in s.paths}-set(LABELS)))
     left = sorted([v for v in where if v not in matches]+rest)
-    info = dict(layout=layout, pattern=' | '.join(used), simulated=False, unmatched=left, **_describe(subjects, modalities, folder))
+    info = dict(layout=layout, pattern=' | '.join(used), unmatched=left, **_describe(subjects, modalities, folder))
     return check_leakage(Cohort(subjects, modalities, folder, info))
 
-# %% ../../nbs/2_data/25_archives.ipynb #0aea2f4c
+# %% ../../nbs/2_data/25_archives.ipynb #1cbc46f1
 class PaperSplit(NamedTuple):
     "The patients of a paper, as far as it tells them"
     paper: str          # whose
@@ -343,7 +355,7 @@ ORDER = 'the first patients in natural order'
 CHOICE = ORDER+' (choice: the paper names none)'
 BRATS, IXI = ('T1', 'T2', 'T1POST', 'FLAIR'), ('T1', 'T2', 'PD')
 
-# %% ../../nbs/2_data/25_archives.ipynb #094ebc7c
+# %% ../../nbs/2_data/25_archives.ipynb #9d287b97
 PAPER_SPLITS = {
     'i2i-mamba-ixi': PaperSplit('I2I-Mamba', 'ixi', IXI, (25, 10, 18), 100, ORDER+' (its README: sequentially)',
         'Section III-B: 53 subjects, split (25, 10, 18), 100 cross-sections each'),
@@ -362,7 +374,7 @@ PAPER_SPLITS = {
         'Section 4.1: 6000 slices, 70 %, 10 % and 20 % at random'),
 }
 
-# %% ../../nbs/2_data/25_archives.ipynb #e13596a2
+# %% ../../nbs/2_data/25_archives.ipynb #e150ff75
 PAPER_SPLITS |= {
     'cravim-ixi': PaperSplit('CRAViM', 'ixi', ('T1', 'T2'), (25, 5, 10), None, CHOICE, 'Section 3.1: by patient, 25:5:10'),
     'cravim-brats2018': PaperSplit('CRAViM', 'brats2018', ('T1', 'T2'), (25, 5, 10), None, CHOICE, 'Section 3.1: by patient, 25:5:10'),
@@ -371,7 +383,7 @@ PAPER_SPLITS |= {
     'cola-diff-ixi': PaperSplit('CoLa-Diff', 'ixi', IXI, (140, 25, 35), None, CHOICE, 'Section 3.1: 200 subjects, (140:25:35)'),
 }
 
-# %% ../../nbs/2_data/25_archives.ipynb #150b9bef
+# %% ../../nbs/2_data/25_archives.ipynb #74f85166
 def paper_split(
     cohort,             # a Cohort; its own splits are forgotten
     name,               # one of PAPER_SPLITS
@@ -388,10 +400,12 @@ def paper_split(
     labels = [s for s, n in zip(SPLITS, record.counts, strict=True) for _ in range(n)]
     subjects = tuple(replace(s, split=label) for s, label in zip(whole.values(), labels, strict=False))
     left = len({s.patient for s in cohort.subjects})-len(subjects)
-    info = {**cohort.info, 'paper_split': dict(name=name, left_out=left, **record._asdict())}
+    kept = {s.key for s in subjects}
+    facts = {k: {n: v for n, v in cohort.info[k].items() if n in kept} for k in ('grids', 'mismatched', 'missing') if k in cohort.info}
+    info = {**cohort.info, **facts, 'paper_split': dict(name=name, left_out=left, **record._asdict())}
     return check_leakage(Cohort(subjects, cohort.modalities, cohort.root, info))
 
-# %% ../../nbs/2_data/25_archives.ipynb #b95e5f5a
+# %% ../../nbs/2_data/25_archives.ipynb #85bdcef0
 def _grid_table(cohort):
     "Rows of distinct grids, the most frequent first"
     known = cohort.info.get('grids') or {s.key: _grid_info(s)[0] for s in cohort.subjects if s.paths}
@@ -403,7 +417,7 @@ def _grid_table(cohort):
     table = [dict(shape=a, spacing=b, orientation=c, subjects=len(keys)) for (a, b, c), keys in rows.items()]
     return sorted(table, key=lambda r: (-r['subjects'], r['shape'], r['spacing'], r['orientation']))
 
-# %% ../../nbs/2_data/25_archives.ipynb #f33ef0ee
+# %% ../../nbs/2_data/25_archives.ipynb #ad4cb092
 def _split_row(split, subjects):
     "Counts of one split"
     volumes = sum(len(s.paths) for s in subjects)
@@ -419,7 +433,7 @@ def _missing_row(subject, names):
     "What a subject lacks"
     return dict(patient=subject.patient, session=subject.session, split=subject.split, missing=', '.join(names))
 
-# %% ../../nbs/2_data/25_archives.ipynb #bd6f2f64
+# %% ../../nbs/2_data/25_archives.ipynb #101fe503
 def _columns(cohort):
     "Images, then labels"
     return list(dict.fromkeys([*cohort.modalities, *(m for s in cohort.subjects for m in s.paths)]))
@@ -432,7 +446,7 @@ def cohort_summary(
     return dict(splits=[_split_row(k, cohort.split(k)) for k in SPLITS], modalities=[_modality_row(cohort, m) for m in _columns(cohort)],
         missing=[_missing_row(s, lacks[s.key]) for s in cohort.subjects if lacks[s.key]], grids=_grid_table(cohort))
 
-# %% ../../nbs/2_data/25_archives.ipynb #3a399cee
+# %% ../../nbs/2_data/25_archives.ipynb #c7d4284e
 def _slice_at(path, height):
     "(axial picture nearest to a height in mm, height of a pixel over its width, height of the volume's centre)"
     volume = to_canonical(read_volume(path))[0]
@@ -442,7 +456,7 @@ def _slice_at(path, height):
     k = int(np.clip(round((volume.shape[2]-1)/2+step), 0, volume.shape[2]-1))
     return slice_view(volume.data, 2, k), size[1]/size[0], centre[2]
 
-# %% ../../nbs/2_data/25_archives.ipynb #c5914f4c
+# %% ../../nbs/2_data/25_archives.ipynb #c38b968a
 def _sheet_panel(ax, subject, name, height):
     "Draw one volume, or say why not; the height of its centre is returned"
     ax.set_xticks([]), ax.set_yticks([])
@@ -454,14 +468,14 @@ def _sheet_panel(ax, subject, name, height):
     ax.imshow(picture, cmap='gray', vmin=low, vmax=high if high > low else low+1, aspect=aspect, interpolation='nearest')
     return centre if height is None else height
 
-# %% ../../nbs/2_data/25_archives.ipynb #4388a3ad
+# %% ../../nbs/2_data/25_archives.ipynb #a8eed17d
 def _shown(cohort, n):
     "n subjects, spread evenly over the splits in natural order"
     if not cohort.subjects: raise CohortError('cohort', given='no subject', expected='one or more', hint='Look at the manifest.')
     people = sorted(cohort.subjects, key=lambda s: (SPLITS.index(s.split), natural_key(s.key)))
     return [people[k] for k in sorted(set(np.linspace(0, len(people)-1, min(n, len(people))).round().astype(int)))]
 
-# %% ../../nbs/2_data/25_archives.ipynb #be3c3d42
+# %% ../../nbs/2_data/25_archives.ipynb #26b04a65
 def contact_sheet(
     cohort,             # a Cohort
     *,

@@ -5,36 +5,40 @@ __all__ = ['MAX_PIXELS', 'MAX_PICTURES', 'COPY', 'BROKEN', 'CLASSES', 'STORED', 
            'oriented', 'open_mat', 'open_npy', 'PngHead', 'read_png', 'panels', 'open_pngs', 'ImportOptions', 'Piece',
            'pairing', 'import_mat', 'import_npy', 'import_pngs', 'detect_import', 'import_folder']
 
-# %% ../../nbs/2_data/26_imports.ipynb #78462674
+# %% ../../nbs/2_data/26_imports.ipynb #7856330b
 import contextlib
 import functools
 import hashlib
 import io
 import math
 import re
+import shutil
+import struct
+import tokenize
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core import CohortError, ConfigError, from_dict
+from ..core import CohortError, ConfigError, check_choice, from_dict
 from .archives import ALIASES, find_volumes, modality_name
-from .cohort import LABELS, SPLITS, Cohort, Subject, hash_path, natural_key, split_patients, write_manifest
-from .volume import MAX_VOXELS, Volume, VolumeError, read_volume, write_volume
+from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, hash_path, natural_key, split_patients, write_manifest
+from .volume import MAX_VOXELS, Volume, VolumeError, write_volume
 
-# %% ../../nbs/2_data/26_imports.ipynb #b6d10736
+# %% ../../nbs/2_data/26_imports.ipynb #13871e6c
 MAX_PIXELS = 2**24          # of one picture: 4096 x 4096
 MAX_PICTURES = 2**20        # of one stack
 COPY = 'It is cut off or damaged: copy or download it again.'
-BROKEN = (OSError, EOFError, KeyError, AttributeError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error)
+BROKEN = (OSError, EOFError, KeyError, AttributeError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
+    struct.error, tokenize.TokenError)
 
-# %% ../../nbs/2_data/26_imports.ipynb #12b05330
+# %% ../../nbs/2_data/26_imports.ipynb #386094a7
 @contextlib.contextmanager
 def _reading(path):
     "Whatever goes wrong between the disk and the decoder becomes a VolumeError"
@@ -44,11 +48,12 @@ def _reading(path):
     except BROKEN as e:
         raise VolumeError(path, 'content', 'a whole file of its format', f'{type(e).__name__} ({e})'[:300], COPY) from e
 
+# %% ../../nbs/2_data/26_imports.ipynb #107d3d06
 def _need(ok, path, what, expected, got, hint=COPY):
     "VolumeError where a claim does not hold"
     if not ok: raise VolumeError(path, what, expected, got, hint)
 
-# %% ../../nbs/2_data/26_imports.ipynb #8c2e7436
+# %% ../../nbs/2_data/26_imports.ipynb #0307a9fa
 class Stack(NamedTuple):
     "Pictures in a file or a folder, read a few at a time"
     path: Path              # for messages
@@ -63,16 +68,16 @@ class Stack(NamedTuple):
             f'NaN or infinity in picture {start+int(bad.argmax())}', 'Replace them, or export the stack again.')
         return data
 
-# %% ../../nbs/2_data/26_imports.ipynb #94079b2f
+# %% ../../nbs/2_data/26_imports.ipynb #23d78d1d
 def oriented(
     array,              # three axes
     axes='nhw',         # which is which: n picture, h row from the top, w column
 ):
     "View of the array with the axes n, h, w. Raises ConfigError"
-    if sorted(axes) != ['h', 'n', 'w']: raise ConfigError('axes', given=axes, expected='n, h and w in some order', hint="For instance 'nwh'.")
+    if sorted(axes) != ['h', 'n', 'w']: raise ConfigError('axes', given=axes, expected='n, h and w in some order', hint="Try 'nwh'.")
     return np.transpose(array, [axes.index(c) for c in 'nhw'])
 
-# %% ../../nbs/2_data/26_imports.ipynb #0773735c
+# %% ../../nbs/2_data/26_imports.ipynb #63d72cff
 def _stack(path, shape, axes, get):
     "Stack of an array in a file; `get` takes an index and returns that part of it"
     oriented(np.empty((1, 1, 1)), axes)
@@ -87,20 +92,22 @@ def _stack(path, shape, axes, get):
         return oriented(part if 'n' in letters else part[None], axes if 'n' in letters else 'n'+letters)
     return Stack(Path(path), tuple(int(size.get(c, 1)) for c in 'nhw'), read)
 
-# %% ../../nbs/2_data/26_imports.ipynb #96591153
+# %% ../../nbs/2_data/26_imports.ipynb #c087137c
 def _h5py(path):
     "The package h5py; VolumeError with the command that installs it"
     try: import h5py
     except ImportError as e:
-        raise VolumeError(path, 'MATLAB 7.3 file', 'the package h5py to read it', 'not installed', 'Install it: pip install "i2i_mamba_nb[matlab]"') from e
+        raise VolumeError(path, 'MATLAB 7.3 file', 'the package h5py to read it', 'not installed',
+            'Install it: pip install "i2i_mamba_nb[matlab]"') from e
     return h5py
 
+# %% ../../nbs/2_data/26_imports.ipynb #22a3def4
 def _wanted(path, names, key):
     "The variable asked for, or the only one there is"
     _need(key in names or len(names) == 1, path, 'variable', key, ', '.join(names) or 'none', 'Name the variable: key=...')
     return key if key in names else names[0]
 
-# %% ../../nbs/2_data/26_imports.ipynb #2529db14
+# %% ../../nbs/2_data/26_imports.ipynb #ad704c45
 def _hdf5_checks(h5py, f, key):
     "Claims about an array in an HDF5 file: (ok, what, expected, got)"
     link = f.get(key, getlink=True)
@@ -110,19 +117,21 @@ def _hdf5_checks(h5py, f, key):
     yield d.dtype.kind in 'fiu', 'pixel type', 'real numbers', str(d.dtype)
     yield not d.external and not d.is_virtual, 'storage', 'numbers in this file', 'links to other files'
 
+# %% ../../nbs/2_data/26_imports.ipynb #c71d3cd2
 def _storage_checks(d, size):
     "Claims about where the numbers of an HDF5 array lie, against the size of the file"
     plan = d.id.get_create_plist()
     filters = {plan.get_filter(k)[0] for k in range(plan.get_nfilters())}
     yield filters <= {1, 2, 3}, 'packing', 'gzip, with or without shuffle and checksum', sorted(filters)
     need, there = d.size*d.dtype.itemsize, d.id.get_storage_size()
-    yield need <= (1032*there+1024 if filters else there) and there <= size, 'size', f'{need} bytes by its shape', f'{there} of {size} bytes'
+    held = need <= (1032*there+1024 if filters else there) and there <= size
+    yield held, 'size', f'{need} bytes by its shape', f'{there} of {size} bytes'
     if d.chunks is None: return
     yield math.prod(d.chunks)*d.dtype.itemsize <= 2**28, 'packing', 'pieces of at most 256 MB', d.chunks
     pieces = math.prod(-(-n//c) for n, c in zip(d.shape, d.chunks, strict=True))
     yield d.id.get_num_chunks() == pieces, 'pieces', pieces, d.id.get_num_chunks()
 
-# %% ../../nbs/2_data/26_imports.ipynb #1fe7d0f1
+# %% ../../nbs/2_data/26_imports.ipynb #64d51f12
 def _open_hdf5(path, key, axes):
     "Stack of an array in an HDF5 file, opened anew for each reading"
     h5py = _h5py(path)
@@ -136,11 +145,11 @@ def _open_hdf5(path, key, axes):
         with h5py.File(path, 'r') as f: return f[key][index]
     return _stack(path, shape, axes, get)
 
-# %% ../../nbs/2_data/26_imports.ipynb #9452bf3f
+# %% ../../nbs/2_data/26_imports.ipynb #aa5e2dca
 CLASSES = {6: 'f8', 7: 'f4', 8: 'i1', 9: 'u1', 10: 'i2', 11: 'u2', 12: 'i4', 13: 'u4', 14: 'i8', 15: 'u8'}
 STORED = {1: 'i1', 2: 'u1', 3: 'i2', 4: 'u2', 5: 'i4', 6: 'u4', 7: 'f4', 9: 'f8', 12: 'i8', 13: 'u8'}
 
-# %% ../../nbs/2_data/26_imports.ipynb #202fab9d
+# %% ../../nbs/2_data/26_imports.ipynb #5a069630
 def _elements(data, order):
     "(type, bytes) of the elements of a MAT-file 5; ValueError where one reaches beyond the end"
     at = 0
@@ -152,6 +161,7 @@ def _elements(data, order):
         yield kind, data[start:start+size]
         at = start+4 if small else start+size+(-size % 8 if kind != 15 else 0)
 
+# %% ../../nbs/2_data/26_imports.ipynb #5b69cc21
 def _unpacked(data, size):
     "A zlib stream of `size` bytes, read to its end so that its checksum counts; ValueError otherwise"
     stream = zlib.decompressobj()
@@ -159,7 +169,7 @@ def _unpacked(data, size):
     if len(out) != size or not stream.eof or stream.unused_data: raise ValueError(f'a packed variable that does not hold {size} bytes')
     return memoryview(out)
 
-# %% ../../nbs/2_data/26_imports.ipynb #d01ce767
+# %% ../../nbs/2_data/26_imports.ipynb #a5accf01
 class _Variable(NamedTuple):
     "A variable of a MAT-file 5, its numbers not read yet"
     name: str
@@ -168,6 +178,7 @@ class _Variable(NamedTuple):
     shape: tuple            # reversed, as MATLAB 7.3 stores it
     data: Callable          # () -> bytes of the matrix
 
+# %% ../../nbs/2_data/26_imports.ipynb #a5907cc0
 def _head(data, order):
     "Name, class, complex or not, and reversed shape, from the first bytes of a matrix"
     (_, flags), (_, dims), (_, name) = islice(_elements(data, order), 3)
@@ -177,18 +188,23 @@ def _head(data, order):
 def _variables(data, order):
     "The variables of a MAT-file 5 behind its header"
     for kind, body in _elements(data, order):
-        if kind != 15:
-            if kind == 14: yield _Variable(*_head(body, order), lambda body=body: body)
-            continue
+        if kind == 14: yield _Variable(*_head(body, order), lambda body=body: body)
+        if kind != 15: continue
         start = zlib.decompressobj().decompress(body, 4096)
         inner, size = np.frombuffer(start[:8], order+'u4').tolist()
         if inner == 14: yield _Variable(*_head(start[8:], order), lambda body=body, size=size: _unpacked(body, size+8)[8:])
 
-# %% ../../nbs/2_data/26_imports.ipynb #b49e72d1
+# %% ../../nbs/2_data/26_imports.ipynb #c07bff0a
+def _numbers(variable, order):
+    "The numbers of a variable as an array; ValueError where they are not as many as its shape says"
+    kind, body = list(_elements(variable.data(), order))[3]
+    return np.frombuffer(body, order+STORED[kind]).reshape(variable.shape)
+
+# %% ../../nbs/2_data/26_imports.ipynb #5b889d93
 def _open_mat5(path, key, axes):
     "Stack of an array in a MAT-file 5, which is read whole"
     size = path.stat().st_size
-    _need(size <= 4*MAX_VOXELS, path, 'file size', f'at most {4*MAX_VOXELS} bytes', size, 'Save it as version 7.3, which is read in pieces.')
+    _need(size <= 4*MAX_VOXELS, path, 'file size', f'at most {4*MAX_VOXELS} bytes', size, 'Save it as version 7.3.')
     with _reading(path):
         raw = memoryview(path.read_bytes())
         order = {b'IM': '<', b'MI': '>'}[bytes(raw[126:128])]
@@ -199,12 +215,7 @@ def _open_mat5(path, key, axes):
         array = _numbers(v, order)
     return _stack(path, v.shape, axes, lambda index: array[index])
 
-def _numbers(variable, order):
-    "The numbers of a variable as an array; ValueError where they are not as many as its shape says"
-    kind, body = list(_elements(variable.data(), order))[3]
-    return np.frombuffer(body, order+STORED[kind]).reshape(variable.shape)
-
-# %% ../../nbs/2_data/26_imports.ipynb #a819bfb8
+# %% ../../nbs/2_data/26_imports.ipynb #f090e842
 def open_mat(
     path,               # a MAT-file of version 7.3 (or any HDF5 file) or 5
     key='data_fs',      # name of the array; the only array of a file is taken whatever its name
@@ -219,7 +230,7 @@ def open_mat(
     _need(start[:19] == b'MATLAB 5.0 MAT-file', path, 'content', 'a MATLAB file of version 5 or 7.3', repr(bytes(start[:12])))
     return _open_mat5(path, key, axes)
 
-# %% ../../nbs/2_data/26_imports.ipynb #fe03accc
+# %% ../../nbs/2_data/26_imports.ipynb #b03f697d
 def open_npy(
     path,               # an .npy file of three axes, or two for a single picture
     *,
@@ -239,7 +250,7 @@ def open_npy(
     order = 'F' if fortran else 'C'
     return _stack(path, shape, axes, lambda index: np.memmap(path, dtype, 'r', start, shape, order)[index])
 
-# %% ../../nbs/2_data/26_imports.ipynb #b6efeed2
+# %% ../../nbs/2_data/26_imports.ipynb #20206a45
 class PngHead(NamedTuple):
     "What the first chunk of a PNG claims"
     width: int
@@ -247,6 +258,7 @@ class PngHead(NamedTuple):
     bits: int
     colour: int             # 0 grey, 2 colours, 3 palette, 4 grey and alpha, 6 colours and alpha
 
+# %% ../../nbs/2_data/26_imports.ipynb #d987fcd8
 def _chunks(path, raw):
     "(kind, bytes) of the chunks of a PNG, checksums compared; VolumeError where one does not match"
     _need(raw[:8] == b'\x89PNG\r\n\x1a\n', path, 'content', 'a PNG picture', repr(bytes(raw[:8])))
@@ -260,7 +272,7 @@ def _chunks(path, raw):
         at = end+4
     _need(at == len(raw), path, 'content', 'nothing behind the last chunk', f'{len(raw)-at} bytes')
 
-# %% ../../nbs/2_data/26_imports.ipynb #24ac1c6d
+# %% ../../nbs/2_data/26_imports.ipynb #1122ebbe
 def _png_head(path):
     "(PngHead, bytes of the file) of a picture that can be decoded safely. Raises VolumeError"
     with _reading(path):
@@ -268,17 +280,20 @@ def _png_head(path):
         raw = memoryview(Path(path).read_bytes())
     chunks = list(_chunks(path, raw))
     first = chunks[0]
-    _need(first[0] == b'IHDR' and len(first[1]) == 13, path, 'first chunk', 'IHDR of 13 bytes', first[0])
+    kinds = [k for k, _ in chunks]
+    one = first[0] == b'IHDR' and len(first[1]) == 13 and kinds.count(b'IHDR') == 1
+    _need(one, path, 'first chunk', 'the only IHDR, of 13 bytes', first[0])
     w, h = (int.from_bytes(first[1][k:k+4], 'big') for k in (0, 4))
     head = PngHead(w, h, *first[1][8:10])
     _need(0 < w*h <= MAX_PIXELS, path, 'shape', f'at most {MAX_PIXELS} pixels', (h, w))
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(head.colour)
     _need(samples and (head.bits < 16 or head.colour == 0), path, 'pixel type', '8-bit grey or colours, or 16-bit grey', head[2:])
+    _need(head.colour != 3 or b'PLTE' in kinds, path, 'palette', 'one', 'none')
     need, packed = h*(1+math.ceil(w*samples*head.bits/8)), sum(len(c) for k, c in chunks if k == b'IDAT')
     _need(need <= 1032*packed+1024, path, 'file size', f'{need} bytes of pixels', f'{packed} bytes packed')
     return head, raw
 
-# %% ../../nbs/2_data/26_imports.ipynb #81cf3125
+# %% ../../nbs/2_data/26_imports.ipynb #f1a0147c
 def read_png(
     path,               # grey of 1 to 16 bits, or colours of 8
 ):
@@ -294,7 +309,7 @@ def read_png(
         data = data[..., :-1]
     return data[..., 0] if (data == data[..., :1]).all() else data
 
-# %% ../../nbs/2_data/26_imports.ipynb #e490dcfb
+# %% ../../nbs/2_data/26_imports.ipynb #fde19b0e
 def panels(
     path,               # for messages
     picture,            # (h, w) or (h, w, 3)
@@ -310,7 +325,7 @@ def panels(
         'This is no picture of two sources and a target.')
     return np.stack([halves[0, ..., 0], halves[0, ..., 1], halves[1, ..., 1]])
 
-# %% ../../nbs/2_data/26_imports.ipynb #5d6246d0
+# %% ../../nbs/2_data/26_imports.ipynb #c6ce7d25
 def open_pngs(
     files,              # paths of PNG pictures, in order
     modalities,         # names of the images in each, from the left; sources first
@@ -328,7 +343,7 @@ def open_pngs(
     shape = (len(files), *panels(files[0], read_png(files[0]), len(modalities)).shape[1:])
     return {m: Stack(Path(files[0]).parent, shape, lambda a, b, j=j: part(a, b)[j]) for j, m in enumerate(modalities)}
 
-# %% ../../nbs/2_data/26_imports.ipynb #d4174374
+# %% ../../nbs/2_data/26_imports.ipynb #33f649e5
 @dataclass(frozen=True)
 class ImportOptions:
     "What a stack does not tell"
@@ -338,6 +353,7 @@ class ImportOptions:
     spacing: tuple = (1., 1., 1.)           # column, row and slice distance, mm
     most: int = 100                         # slices in one volume
 
+# %% ../../nbs/2_data/26_imports.ipynb #fd2fc80a
 class Piece(NamedTuple):
     "Slices of one patient that become one volume"
     patient: str
@@ -346,13 +362,14 @@ class Piece(NamedTuple):
     start: int
     stop: int
 
-# %% ../../nbs/2_data/26_imports.ipynb #abd1f701
+# %% ../../nbs/2_data/26_imports.ipynb #6bf296e1
 def _volumes(patient, split, start, stop, most):
     "Pieces of one patient, of nearly equal size and at most `most` slices"
     n = -(-(stop-start)//most)
     edges = [start+k*(stop-start)//n for k in range(n+1)]
     return [Piece(patient, split, f'{k+1:02}' if n > 1 else '', a, b) for k, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
 
+# %% ../../nbs/2_data/26_imports.ipynb #a43686b9
 def _people(n, split, options, names):
     "(patient, start, stop) for n slices: by name, by number, or one for the split"
     if names is not None:
@@ -364,7 +381,7 @@ def _people(n, split, options, names):
         hint='Give the number of slices that every patient has.')
     return [(f'{split or "patient"}-{k+1:03}', k*m, k*m+m) for k in range(n//m)]
 
-# %% ../../nbs/2_data/26_imports.ipynb #2ec66ee6
+# %% ../../nbs/2_data/26_imports.ipynb #3d73e15f
 def _plan(n, split, options, names=None):
     "Pieces of a stack of n slices; without a split, patients are drawn, and an unknown crowd is cut into three parts in order"
     if split or names is not None or options.slices_per_patient is not None:
@@ -375,7 +392,7 @@ def _plan(n, split, options, names=None):
     edges = [sum(counts[s] for s in SPLITS[:k]) for k in range(4)]
     return [v for s, a, b in zip(SPLITS, edges, edges[1:], strict=False) if b > a for v in _volumes(f'unknown-{s}', s, a, b, options.most)]
 
-# %% ../../nbs/2_data/26_imports.ipynb #efa1cd1d
+# %% ../../nbs/2_data/26_imports.ipynb #e7ead203
 def _outlines(stack, ks):
     "(len(ks), pixels) bool: coarse outlines of the heads in some pictures"
     pictures = np.concatenate([stack.pictures(k, k+1) for k in ks])
@@ -383,6 +400,7 @@ def _outlines(stack, ks):
     low, high = small.min(1, keepdims=True), np.percentile(small, 99, axis=1, keepdims=True)
     return small > low+.1*(high-low)
 
+# %% ../../nbs/2_data/26_imports.ipynb #6e1fc04c
 def pairing(
     first,              # a Stack
     second,             # a Stack of the same size
@@ -393,9 +411,9 @@ def pairing(
     a, b = _outlines(first, ks).astype(float), _outlines(second, ks).astype(float)
     dice = 2*a@b.T/np.maximum(a.sum(1)[:, None]+b.sum(1), 1)
     own = np.diag(dice)[:, None]
-    return float(((dice < own).sum(1)+.5*((dice == own).sum(1)-1)).mean()/(len(ks)-1))
+    return round(float(((dice < own).sum(1)+.5*((dice == own).sum(1)-1)).mean()/(len(ks)-1)), 4)
 
-# %% ../../nbs/2_data/26_imports.ipynb #49482294
+# %% ../../nbs/2_data/26_imports.ipynb #2b94fcec
 def _same_shapes(stacks):
     "CohortError where the stacks of a split differ in size, or a split lacks a modality"
     names = list(dict.fromkeys(m for by_name in stacks.values() for m in by_name))
@@ -408,15 +426,17 @@ def _same_shapes(stacks):
                 expected=f'those of {one.path}: {one.shape[0]} of {one.shape[1:]}', hint='Export both from the same slices.')
     return names
 
+# %% ../../nbs/2_data/26_imports.ipynb #be508449
 def _check_slices(seen, piece, name, pictures):
     "CohortError where a picture was seen in another split; constant pictures do not count"
     for k, picture in enumerate(pictures):
         if name in LABELS or picture.min() == picture.max(): continue
         split, where = seen.setdefault((name, hashlib.sha256(picture).digest()), (piece.split, piece.start+k))
-        if split != piece.split: raise CohortError(f'{name} slice {piece.start+k} of {piece.split}', given=f'that of slice {where} of {split}',
-            expected='slices that differ between splits', hint='Give all slices of a patient to one split.')
+        if split != piece.split: raise CohortError(f'{name} slice {piece.start+k} of {piece.split}',
+            given=f'that of slice {where} of {split}', expected='slices that differ between splits',
+            hint='Give all slices of a patient to one split.')
 
-# %% ../../nbs/2_data/26_imports.ipynb #8e0774f3
+# %% ../../nbs/2_data/26_imports.ipynb #f713cbbe
 def _write_piece(out, piece, name, pictures, spacing):
     "Path of the volume that the pictures become, slices stacked along z, row 0 of a picture at the front"
     import nibabel as nib
@@ -427,12 +447,13 @@ def _write_piece(out, piece, name, pictures, spacing):
     write_volume(path, Volume(data, np.diag([*map(float, spacing), 1.]), header))
     return path
 
-# %% ../../nbs/2_data/26_imports.ipynb #5dbded72
+# %% ../../nbs/2_data/26_imports.ipynb #de02246f
 UNKNOWN = 'patients unknown: leakage between splits cannot be checked'
 
 def _facts(stacks, names, pieces, options, known):
     "What the sidecar and the notes say about an import"
-    ranks = {s or 'all': {m: pairing(by[names[0]], by[m]) for m in names[1:] if m not in LABELS} for s, by in stacks.items()}
+    images = [m for m in names if m not in LABELS]
+    ranks = {s or 'all': {m: pairing(by[images[0]], by[m]) for m in images[1:]} for s, by in stacks.items()}
     unpaired = any(r is not None and r < .75 for by in ranks.values() for r in by.values())
     size = ' x '.join(f'{v:g}' for v in options.spacing)
     notes = [f'geometry unknown: voxels taken as {size} mm, left and right as drawn', *([] if known else [UNKNOWN]),
@@ -440,37 +461,60 @@ def _facts(stacks, names, pieces, options, known):
     return dict(simulated=False, notes=notes, assumed_spacing=list(options.spacing), patients_known=known, unpaired=unpaired, pairing=ranks,
         slices={f'{p.patient} {p.session}'.strip(): [p.start, p.stop] for p in pieces})
 
-# %% ../../nbs/2_data/26_imports.ipynb #0516258c
+# %% ../../nbs/2_data/26_imports.ipynb #fd362bfa
+def _subjects(stacks, plans, out, options):
+    "Write all pieces; their Subjects"
+    seen = {}
+    for split, piece in ((s, p) for s, plan in plans.items() for p in plan):
+        paths = {}
+        for name, stack in stacks[split].items():
+            pictures = stack.pictures(piece.start, piece.stop)
+            _check_slices(seen, piece, name, pictures)
+            paths[name] = _write_piece(out, piece, name, pictures, options.spacing)
+        yield Subject(piece.patient, piece.split, paths, piece.session)
+
+# %% ../../nbs/2_data/26_imports.ipynb #36623d2c
+@contextlib.contextmanager
+def _part(out):
+    "A hidden folder to write to, emptied before and removed after"
+    part = out/'.part'
+    shutil.rmtree(part, ignore_errors=True)
+    try: yield part
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+def _moved(subject, part, out, notes):
+    "The subject with its volumes at their places"
+    paths = {m: out/p.relative_to(part) for m, p in subject.paths.items()}
+    for m, p in paths.items():
+        p.parent.mkdir(parents=True, exist_ok=True)
+        subject.paths[m].replace(p)
+    return replace(subject, paths=paths, notes='; '.join(notes))
+
+# %% ../../nbs/2_data/26_imports.ipynb #ac7ae58d
 def _import(stacks, out, options, info, names_of=None):
     "Write volumes and manifest of dict split -> dict modality -> Stack; path of the manifest. Raises CohortError, VolumeError, DiskError"
-    names, out, seen = _same_shapes(stacks), Path(out), {}
+    names, out = _same_shapes(stacks), Path(out)
     plans = {split: _plan(by[names[0]].shape[0], split, options, names_of and names_of[split]) for split, by in stacks.items()}
     pieces = [p for plan in plans.values() for p in plan]
     bad = [w for w in [*names, *(p.patient for p in pieces)] if not re.fullmatch(r'\w[\w. +-]*', w)]
     if bad: raise CohortError('name', given=repr(bad[0]), expected='letters, digits, _ . + -', hint='Rename the file.')
+    check_leakage(Cohort(tuple(Subject(p.patient, p.split, {}, p.session) for p in pieces), (), out))
     facts = _facts(stacks, names, pieces, options, names_of is not None or options.slices_per_patient is not None)
-    subjects = []
-    for split, plan in plans.items():
-        for piece in plan:
-            paths = {}
-            for name in names:
-                pictures = stacks[split][name].pictures(piece.start, piece.stop)
-                _check_slices(seen, piece, name, pictures)
-                paths[name] = _write_piece(out, piece, name, pictures, options.spacing)
-            subjects.append(Subject(piece.patient, piece.split, paths, piece.session, notes='; '.join(facts['notes'])))
+    with _part(out) as part: subjects = [_moved(s, part, out, facts['notes']) for s in list(_subjects(stacks, plans, part, options))]
     if not facts['patients_known']: warnings.warn(UNKNOWN, stacklevel=3)
     cohort = Cohort(tuple(subjects), tuple(m for m in names if m not in LABELS), out, {**facts, **info})
     return write_manifest(out/'manifest.csv', cohort)
 
-# %% ../../nbs/2_data/26_imports.ipynb #1fd574fb
+# %% ../../nbs/2_data/26_imports.ipynb #cfb0ee66
 def _options(options):
     "ImportOptions of keyword arguments; ConfigError naming the nearest for an unknown one"
     made = from_dict(ImportOptions, options)
     spacing = tuple(map(float, made.spacing))
-    ok = len(spacing) == 3 and all(1e-3 <= v <= 1e3 for v in spacing) and made.most >= 1
-    if not ok: raise ConfigError('spacing and most', given=(spacing, made.most), expected='three voxel sizes in mm, 1 slice or more', hint='Mend them.')
+    if len(spacing) != 3 or not all(1e-3 <= v <= 1e3 for v in spacing) or made.most < 1: raise ConfigError('spacing and most',
+        given=(spacing, made.most), expected='three voxel sizes in mm, 1 slice or more', hint='Mend them.')
     return replace(made, spacing=spacing, fractions=tuple(made.fractions))
 
+# %% ../../nbs/2_data/26_imports.ipynb #70c0dd66
 WORDS_OF_SPLITS = dict(train='train', training='train', tr='train', val='validation', valid='validation', validation='validation',
     test='test', testing='test', ts='test')
 
@@ -479,13 +523,14 @@ def _by_split(files):
     found = {}
     for m, given in files.items():
         for split, path in (given if isinstance(given, dict) else {'': given}).items():
-            if split and split not in WORDS_OF_SPLITS: raise ConfigError('split', given=split, expected=', '.join(SPLITS), hint='Rename it.')
+            if split: check_choice('split', split, WORDS_OF_SPLITS)
             found.setdefault(WORDS_OF_SPLITS.get(split, ''), {})[m] = Path(path)
     if not found or ('' in found and len(found) > 1):
-        raise CohortError('files', given='some with a split, some without' if found else 'none', expected='all with a split, or none', hint='Rename them.')
+        raise CohortError('files', given='some with a split, some without' if found else 'none', expected='all with a split, or none',
+            hint='Rename them.')
     return {s: found[s] for s in (*SPLITS, '') if s in found}
 
-# %% ../../nbs/2_data/26_imports.ipynb #ee105d9f
+# %% ../../nbs/2_data/26_imports.ipynb #72919cca
 def _import_stacks(kind, opener, files, out, options):
     "Import of one file per modality and split"
     options, by_split = _options(options), _by_split(files)
@@ -493,6 +538,7 @@ def _import_stacks(kind, opener, files, out, options):
     paths = [p for by in by_split.values() for p in by.values()]
     return _import(stacks, out, options, dict(imported=kind, sources={p.name: hash_path(p) for p in paths}))
 
+# %% ../../nbs/2_data/26_imports.ipynb #c2b20afd
 def import_mat(
     files,              # dict modality -> path, or modality -> dict split -> path
     out,                # folder for volumes and manifest
@@ -504,6 +550,7 @@ def import_mat(
     "Path of a manifest with the volumes of MATLAB files. Raises VolumeError, CohortError, ConfigError, DiskError"
     return _import_stacks('mat', lambda p: open_mat(p, key, axes=axes), files, out, options)
 
+# %% ../../nbs/2_data/26_imports.ipynb #3e9a6588
 def import_npy(
     files,              # dict modality -> path, or modality -> dict split -> path
     out,                # folder for volumes and manifest
@@ -514,7 +561,7 @@ def import_npy(
     "Path of a manifest with the volumes of NumPy files. Raises VolumeError, CohortError, ConfigError, DiskError"
     return _import_stacks('npy', lambda p: open_npy(p, axes=axes), files, out, options)
 
-# %% ../../nbs/2_data/26_imports.ipynb #54079015
+# %% ../../nbs/2_data/26_imports.ipynb #4de2266a
 def _task(folder, modalities):
     "Modalities named, or read from the name of the folder; ConfigError where neither works"
     words = [w for w in re.split(r'_+', folder.name) if w]
@@ -523,27 +570,43 @@ def _task(folder, modalities):
         expected='the images in a picture, from the left', hint="For instance modalities=('T1', 'T2').")
     return [modality_name(w) for w in (modalities or words)]
 
+# %% ../../nbs/2_data/26_imports.ipynb #eddbd72f
+def _files(folder, suffix):
+    "Files below a folder with a suffix; hidden ones and those in hidden folders are passed over"
+    names = find_volumes(folder)[1]
+    return [Path(folder)/n for n in names if n.lower().endswith(suffix) and (Path(folder)/n).is_file()]
+
+# %% ../../nbs/2_data/26_imports.ipynb #1f7c92b6
 def _png_files(folder):
-    "dict split ('' where there is no folder of that name) -> PNG files in natural order; CohortError where there are none, or several tasks"
+    "dict split ('' where no folder names one) -> PNG files in natural order; CohortError where there are none, or several tasks"
     found = {}
-    for path in sorted(Path(folder).rglob('*'), key=lambda p: natural_key(p.relative_to(folder).as_posix())):
-        if path.suffix.lower() == '.png' and path.is_file() and not path.name.startswith('.'): found.setdefault(path.parent, []).append(path)
+    for path in sorted(_files(folder, '.png'), key=lambda p: natural_key(p.relative_to(folder).as_posix())):
+        found.setdefault(path.parent, []).append(path)
     inside = {p.relative_to(folder).as_posix() for p in found}
     if inside == {'.'}: return {'': found[Path(folder)]}
-    if not inside or not inside <= set(WORDS_OF_SPLITS): raise CohortError(f'pictures in {folder}', given=', '.join(sorted(inside)) or 'none',
-        expected='folders train, val and test, or pictures only', hint='Name the folder of one task.')
-    return {WORDS_OF_SPLITS[p.relative_to(folder).as_posix()]: files for p, files in found.items()}
+    if not inside or not inside <= set(WORDS_OF_SPLITS): raise CohortError(f'pictures in {folder}',
+        given=', '.join(sorted(inside)) or 'none', expected='folders train, val and test, or pictures only',
+        hint='Name the folder of one task.')
+    named = {WORDS_OF_SPLITS[p.relative_to(folder).as_posix()]: files for p, files in found.items()}
+    return {s: named[s] for s in SPLITS if s in named}
 
+# %% ../../nbs/2_data/26_imports.ipynb #37e1aaae
 def _names_of(files, pattern):
     "Patient of each file by a pattern such as '{patient}_*.png'; CohortError where one does not match"
-    parts = (dict([('{patient}', '(?P<patient>.+?)'), ('*', '.*')]).get(p, re.escape(p)) for p in re.split(r'(\{patient\}|\*)', pattern))
-    rule = re.compile(''.join(parts))
+    fields = {'{patient}': '(?P<patient>.+?)', '*': '.*'}
+    rule = re.compile(''.join(fields.get(p, re.escape(p)) for p in re.split(r'(\{patient\}|\*)', pattern)))
     matches = [rule.fullmatch(f.name) for f in files]
-    if not rule.groups or None in matches: raise CohortError(f'pattern {pattern!r}', given=files[matches.index(None)].name if rule.groups else
-        'no {patient}', expected='a file name that it reads', hint='For instance {patient}_*.png.')
+    if rule.groups != 1 or None in matches: raise CohortError(f'pattern {pattern!r}',
+        given=files[matches.index(None)].name if None in matches else 'not one {patient}', expected='a patient in every file name',
+        hint='For instance {patient}_*.png.')
     return [m['patient'] for m in matches]
 
-# %% ../../nbs/2_data/26_imports.ipynb #bc1b42f6
+def _by_patient(files, names):
+    "(files, names) in the order of names, files of one patient as they were"
+    order = sorted(range(len(files)), key=lambda k: natural_key(names[k]))
+    return [files[k] for k in order], [names[k] for k in order]
+
+# %% ../../nbs/2_data/26_imports.ipynb #6441c49a
 def import_pngs(
     folder,             # with pictures, or with folders train, val and test of them
     out,                # folder for volumes and manifest
@@ -556,15 +619,14 @@ def import_pngs(
     folder, options = Path(folder), _options(options)
     modalities = _task(folder, modalities)
     files = _png_files(folder)
-    names = {s: _names_of(f, pattern) for s, f in files.items()} if pattern else None
-    if names:
-        files = {s: [f for _, f in sorted(zip(names[s], fs, strict=True), key=lambda p: natural_key(p[0]))] for s, fs in files.items()}
-        names = {s: sorted(n, key=natural_key) for s, n in names.items()}
+    sorted_by = {s: _by_patient(f, _names_of(f, pattern)) for s, f in files.items()} if pattern else {}
+    files = {s: sorted_by[s][0] if sorted_by else f for s, f in files.items()}
+    names = {s: n for s, (_, n) in sorted_by.items()} or None
     stacks = {s: open_pngs(f, modalities) for s, f in files.items()}
     info = dict(imported='png', sources={f[0].parent.name: hash_path(f[0].parent) for f in files.values()})
     return _import(stacks, out, options, info, names)
 
-# %% ../../nbs/2_data/26_imports.ipynb #0efbed9d
+# %% ../../nbs/2_data/26_imports.ipynb #2cdefd9c
 def _named(path):
     "(split or '', modality) of a stack's relative path"
     words = re.findall('[A-Za-z0-9]+', path.with_suffix('').as_posix())
@@ -573,10 +635,11 @@ def _named(path):
     known = [modality_name(w) for w in rest if modality_name(w) in ALIASES]
     return WORDS_OF_SPLITS[splits[-1].lower()] if splits else '', known[-1] if known else rest[-1] if rest else ''
 
+# %% ../../nbs/2_data/26_imports.ipynb #f07e0819
 def _stack_files(folder, suffix):
     "dict modality -> path or dict split -> path, of the files with a suffix; CohortError where two claim one place"
     files = {}
-    for path in sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() == suffix and not p.name.startswith('.')):
+    for path in _files(folder, suffix):
         split, name = _named(path.relative_to(folder))
         taken = files.setdefault(name, {})
         if split in taken: raise CohortError(f'{name} {split}'.strip(), given=f'{taken[split]} and {path}', expected='one file',
@@ -584,7 +647,7 @@ def _stack_files(folder, suffix):
         taken[split] = path
     return {m: by.get('', by) if len(by) == 1 else by for m, by in files.items()}
 
-# %% ../../nbs/2_data/26_imports.ipynb #6ac76dfb
+# %% ../../nbs/2_data/26_imports.ipynb #b683fa4f
 KINDS = {'.mat': 'mat', '.npy': 'npy', '.png': 'png'}
 
 def detect_import(
@@ -595,6 +658,7 @@ def detect_import(
     counts = Counter(KINDS[s] for name in rest if (s := Path(name).suffix.lower()) in KINDS)
     return None if volumes or not counts else min(counts, key=lambda k: (-counts[k], k))
 
+# %% ../../nbs/2_data/26_imports.ipynb #a298e8eb
 def import_folder(
     folder,             # with stacks or pictures
     out,                # folder for volumes and manifest

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'EXTENT', 'HALF', 'RAISED', 'TISSUES', 'FIELDS', 'HEAD', '
            'envelope', 'cushion', 'muscles', 'layers', 'compose', 'draw_relaxation', 'tissue_signal', 'pelvis_grid',
            'Scan', 'simulate_pelvis']
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #ce662336
+# %% ../../nbs/2_data/28_pelvis.ipynb #660e49be
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import ConfigError, check_choice, numpy_rng
 from .phantom import (NOTICE, Grid, Phantom, Sequence, Site, affine_of, as_scanned, bspline_basis, gradient_echo, one_blas_thread,
-    rician, rotation, separable, spin_echo)
+    rician, rotation, spin_echo)
 
 # %% ../../nbs/2_data/28_pelvis.ipynb #d2c4b3f3
 def ellipsoid(
@@ -165,10 +165,11 @@ def place(
     x[2] += RAISED
     return ((rotation(person.angles)*person.scale[:, None]).astype(np.float32)@x.reshape(3, -1)).reshape(x.shape)
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #92cc707d
+# %% ../../nbs/2_data/28_pelvis.ipynb #3824567c
 HEAD = (90., 0., 0.)                        # mm, centre of the femoral head on the right; its mirror image is on the left
 SACRUM = (                                  # z, half width, half depth, y of the middle, mm
-    (-32, 1, 1, -60), (-20, 7, 4, -68), (0, 11, 7, -82), (22, 24, 10, -90), (45, 38, 14, -92), (75, 47, 19, -86), (105, 49, 21, -72), (140, 40, 19, -56))
+    (-32, 1, 1, -60), (-20, 7, 4, -68), (0, 11, 7, -82), (22, 24, 10, -90), (45, 38, 14, -92), (75, 47, 19, -86),
+    (105, 49, 21, -72), (140, 40, 19, -56))
 
 # %% ../../nbs/2_data/28_pelvis.ipynb #9e3e6b52
 def femur(
@@ -277,7 +278,7 @@ def _near(points, low, high):
     "Whether a shape between two heights (mm) can touch these points"
     return float(points[2].min()) < high+8 and float(points[2].max()) > low-8
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #a7fc65da
+# %% ../../nbs/2_data/28_pelvis.ipynb #f2fab249
 def muscles(
     points,                 # (3, ...)
     inside,                 # signed distance to the envelope
@@ -290,7 +291,8 @@ def muscles(
         d = np.maximum(ellipsoid(right, centre, radii, angle), inside)
         stack += [('fat', soft(d-np.float32(1.4), h)), ('muscle', soft(d+np.float32(.8), h))]
     for name, rods in (('muscle', PSOAS), ('blood', VESSELS)):
-        stack += [(name, soft(capsule(right, a, b, r), h)) for a, b, r in rods if _near(points, min(a[2], b[2])-max(r), max(a[2], b[2])+max(r))]
+        here = [k for k in rods if _near(points, min(k[0][2], k[1][2])-max(k[2]), max(k[0][2], k[1][2])+max(k[2]))]
+        stack += [(name, soft(capsule(right, *k), h)) for k in here]
     return stack
 
 # %% ../../nbs/2_data/28_pelvis.ipynb #93f370a6
@@ -485,8 +487,10 @@ def _blurred(image, grid, fwhm):
         if sigma > .25: image = gaussian_filter1d(image, sigma, axis, mode='nearest')
     return image
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #b4d44da2
-def _sliced(values, cuts): "Mean over the cuts of each slice"; return values.reshape(*values.shape[:-1], -1, cuts).mean(-1, dtype=np.float32)
+# %% ../../nbs/2_data/28_pelvis.ipynb #d697e6b3
+def _sliced(values, cuts):
+    "Mean over the cuts of each slice"
+    return values.reshape(*values.shape[:-1], -1, cuts).mean(-1, dtype=np.float32)
 
 # %% ../../nbs/2_data/28_pelvis.ipynb #6c2142de
 def _mr_slab(scan, name, shares, axes):
@@ -529,10 +533,10 @@ def _marbled(shares, person, axes):
     shares[TISSUES.index('muscle')] -= part
     shares[TISSUES.index('fat')] += part
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #dae3fa03
+# %% ../../nbs/2_data/28_pelvis.ipynb #4ad77b18
 def _box(person, axes):
     "Slices of x and y that hold the body in these planes, found on a coarse grid, with a margin of 24 mm"
-    coarse = [np.append(a[::k], a[-1]) for a, k in zip(axes, (max(1, int(8/abs(a[1]-a[0]))) if len(a) > 1 else 1 for a in axes), strict=True)]
+    coarse = [np.append(a[::max(1, int(8/np.ptp(a[:2])))] if len(a) > 1 else a, a[-1]) for a in axes]
     points = place(person, coarse)
     some = envelope(points, person)-cushion(points, person, person.fields['cushion'].at(coarse)) < 8
     around = [c[some.any(tuple({0, 1, 2}-{k}))] for k, c in enumerate(coarse)]
@@ -580,17 +584,18 @@ def _all_slabs(scan, contrasts, keep):
 # %% ../../nbs/2_data/28_pelvis.ipynb #fd6b1267
 CONTRASTS = ('T1', 'T2', 'CT')
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #2e90e2fa
+# %% ../../nbs/2_data/28_pelvis.ipynb #d9359781
 def _parameters(scan, contrasts):
     "What was drawn, for JSON"
     p = scan.person
     settings = {c: dict(kind='ct', noise_hu=12., blur=1.2) if c == 'CT' else asdict(scan.sequences[c][0]) for c in contrasts}
-    return dict(simulated=True, notice=NOTICE, version=VERSION, seed=int(scan.seed), site=scan.site.name, tesla=scan.site.tesla, anatomy='pelvis',
-        scale=p.scale.tolist(), angles=p.angles.tolist(), build=list(p.build), fat_mm=p.fat, belly=p.belly, bladder=p.bladder, prostate=p.prostate,
-        rectum=list(p.rectum), cortex=p.cortex, loops=len(p.loops), couch=bool(scan.couch), sequences=settings,
+    own = dict(scale=p.scale.tolist(), angles=p.angles.tolist(), build=list(p.build), fat_mm=p.fat, belly=p.belly, bladder=p.bladder,
+        prostate=p.prostate, rectum=list(p.rectum), cortex=p.cortex, loops=len(p.loops))
+    return dict(simulated=True, notice=NOTICE, version=VERSION, seed=int(scan.seed), site=scan.site.name, tesla=scan.site.tesla,
+        anatomy='pelvis', **own, couch=bool(scan.couch), sequences=settings,
         relaxation={k: [float(x) for x in v] for k, v in scan.relaxation.items()})
 
-# %% ../../nbs/2_data/28_pelvis.ipynb #994c2035
+# %% ../../nbs/2_data/28_pelvis.ipynb #f57a0f2f
 def simulate_pelvis(
     seed,                       # integer: the person, and all that is random
     *,
@@ -606,6 +611,7 @@ def simulate_pelvis(
     keep = TISSUES if keep == 'all' else keep
     for n in keep: check_choice('tissue', n, TISSUES)
     site = site if isinstance(site, Site) else PELVIS_SITES[int(check_choice('site', str(site), range(len(PELVIS_SITES))))]
+    for c in set(contrasts)-{'CT'}: check_choice(f'contrast of site {site.name}', c, site.sequences)
     scan = _scan(seed, site, pelvis_grid(spacing, extent), contrasts, couch)
     with one_blas_thread(): images, labels = _all_slabs(scan, contrasts, keep)
     return Phantom(images, labels, affine_of(scan.grid), _parameters(scan, contrasts))

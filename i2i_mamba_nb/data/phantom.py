@@ -112,7 +112,7 @@ def affine_of(grid, shape=None):
     first = (own-1)/2 + (0 if shape is None else (np.array(shape)-own)//2)
     return np.block([[np.diag(grid.spacing), -(first*grid.spacing)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
 
-# %% ../../nbs/2_data/21_phantom.ipynb #9e2df914
+# %% ../../nbs/2_data/21_phantom.ipynb #1a14bf91
 def centred(
     array,                  # (x, y, z)
     shape,                  # wanted size in voxels, or None to leave it alone
@@ -122,7 +122,7 @@ def centred(
     "The array with air added or voxels cut off around its middle; on an odd difference the far side gets one more"
     if shape is None: return array
     if np.shape(shape) != (3,) or np.min(shape) < 1:
-        raise ConfigError('shape', given=shape, expected='three whole numbers above 0', hint='Give the size in voxels, such as (240, 240, 155).')
+        raise ConfigError('shape', given=shape, expected='three whole numbers above 0', hint='Give a size in voxels.')
     start = (np.array(shape)-array.shape)//2
     out = np.full(shape, fill, array.dtype)
     to = tuple(slice(max(s, 0), s+n) for s, n in zip(start, array.shape, strict=True))
@@ -381,7 +381,7 @@ def _sample_lesions(lesions, points):
     out[:, at] = sample(lesions, points[:, at])
     return out
 
-# %% ../../nbs/2_data/21_phantom.ipynb #ffe3f0f1
+# %% ../../nbs/2_data/21_phantom.ipynb #de5ac35a
 def build_anatomy(
     seed,                   # integer of the subject
     grid,                   # Grid
@@ -399,7 +399,7 @@ def build_anatomy(
     full[:8, deep] = _with_lesions(_individual(seed, value[:3], grid.axes, own), _sample_lesions(lesions, points[:, deep]))
     full[8, deep], full[9, deep] = value[:3].sum(0), value[3]
     shares = _with_shell(seed, full[:8], distance, points) if whole_head else _in_fluid(full[:8])
-    return Anatomy(inside, shares.astype(np.float32), full[8], full[9], grid, least)
+    return Anatomy(inside, shares.astype(np.float32, copy=False), full[8], full[9], grid, least)
 
 # %% ../../nbs/2_data/21_phantom.ipynb #298aafc1
 RELAXATION = {                              # tissue: T1 ms, T2 ms, proton density relative to water

@@ -27,10 +27,10 @@ from .volume import SUFFIXES, Volume, VolumeError, from_canonical, read_grid, re
 from ..measure.intensity import Intensity, fit_intensity
 from ..measure.metrics import head_mask
 
-# %% ../../nbs/2_data/24_slices.ipynb #05760726
+# %% ../../nbs/2_data/24_slices.ipynb #ea048ccd
 class Loaded(NamedTuple):
     "Images of one subject, ready for a network"
-    images: dict            # modality -> (x, y, z) float32 in canonical orientation, -1 to 1
+    images: dict            # modality -> (x, y, z) float32 in canonical orientation, -1 to 1 (beyond where its Intensity does not clip)
     windows: dict           # modality -> Intensity: what became -1 and 1
     mask: np.ndarray        # (x, y, z) bool: in the head by at least half of the modalities
     reference: Volume       # shape, affine and header of the files; its voxels are all zero
@@ -332,7 +332,7 @@ def _cut(data, planes, place, picks):
     if data.rotate or data.zoom: return _turned(planes, size, corner, flip, angle, factor)
     return _copied(planes, size, corner, flip)
 
-# %% ../../nbs/2_data/24_slices.ipynb #8717baf2
+# %% ../../nbs/2_data/24_slices.ipynb #f89d689c
 @dataclass(eq=False)
 class SlicePairs(_Slices):
     "Axial slices with tissue as dict(source (I, h, w), target (1, h, w), patient, z); the same bytes from any worker"
@@ -348,7 +348,7 @@ class SlicePairs(_Slices):
             self.places += _load(self, s, names, _reach(self.adjacent))
         self.places = _thinned(self.places, self.limit)
 
-    def __getitem__(self, key): return _pair(self, *(key if isinstance(key, tuple) else (key, 0)))
+    def __getitem__(self, key): return _pair(self, *_key(key))
 
 # %% ../../nbs/2_data/24_slices.ipynb #e984117e
 def _reach(adjacent):
@@ -356,12 +356,18 @@ def _reach(adjacent):
     if isinstance(adjacent, int) and adjacent > 0 and adjacent % 2: return adjacent//2
     raise ConfigError('adjacent', given=repr(adjacent), expected='an odd whole number: 1, 3, 5, ...', hint='3 adds one slice each way.')
 
-# %% ../../nbs/2_data/24_slices.ipynb #277a292b
+# %% ../../nbs/2_data/24_slices.ipynb #57d50c4c
+def _key(key):
+    "(item, draw) of an item's number, or of both"
+    i, draw = key if isinstance(key, tuple) else (key, 0)
+    return int(i), int(draw)
+
+# %% ../../nbs/2_data/24_slices.ipynb #dc150ef5
 def _planes(data, place, channels):
     "Pictures of a slice: channel after channel, each with its neighbours from below to above"
     return [data.blocks[place.block][r, c] for c in channels for r in place.rows]
 
-# %% ../../nbs/2_data/24_slices.ipynb #8dea343a
+# %% ../../nbs/2_data/24_slices.ipynb #b3a85af1
 def _pair(data, i, draw):
     "Item i of a SlicePairs; `draw` numbers the repeats of its random crop"
     place = data.places[i]
@@ -369,7 +375,7 @@ def _pair(data, i, draw):
     cut = _cut(data, planes, place, _picks(data, 'slice', i, draw))
     return dict(source=cut[:-1], target=cut[-1:], patient=place.patient, z=place.z)
 
-# %% ../../nbs/2_data/24_slices.ipynb #9f47c924
+# %% ../../nbs/2_data/24_slices.ipynb #b5529958
 def _turned(planes, size, corner, flip, angle, factor):
     "(planes, h, w): the window at `corner`, turned by `angle` radians and scaled about its middle, bilinear, -1 outside"
     x = torch.from_numpy(np.stack(planes)).add_(1)
@@ -381,14 +387,14 @@ def _turned(planes, size, corner, flip, angle, factor):
     grid = torch.stack([(2*c+1)/w-1, (2*r+1)/h-1], -1)
     return torch.nn.functional.grid_sample(x[None], grid[None].float(), padding_mode='zeros', align_corners=False)[0].sub_(1)
 
-# %% ../../nbs/2_data/24_slices.ipynb #9974a6be
+# %% ../../nbs/2_data/24_slices.ipynb #523a9bee
 def _dealt(count, room, missing):
     "Repeats per patient where some have little room: one by one to whoever has fewest for the slices there are"
     extra = np.zeros(len(count), int)
     for _ in range(missing): extra[min(np.flatnonzero(room > extra), key=lambda p: (count[p]+extra[p])/count[p])] += 1
     return extra
 
-# %% ../../nbs/2_data/24_slices.ipynb #d32c9f52
+# %% ../../nbs/2_data/24_slices.ipynb #2617903d
 def _repeats(owner, total, other, order, epoch):
     "Slices to repeat so that a side has `total`; owner: patient of each slice, other: slices per patient on the other side"
     count, missing = np.bincount(owner, minlength=len(other)), total-len(owner)
@@ -400,7 +406,7 @@ def _repeats(owner, total, other, order, epoch):
     starts = [epoch*n % max(len(g), 1) for g, n in groups]
     return [int(k) for (g, n), at in zip(groups, starts, strict=True) for k in itertools.islice(itertools.cycle(g), at, at+n)]
 
-# %% ../../nbs/2_data/24_slices.ipynb #7715d09a
+# %% ../../nbs/2_data/24_slices.ipynb #2c723cba
 def _scheduled(need, priority):
     "(2, M) patient of every source and target position, two-machine open shop; None where a machine would idle. need: (2, patients)"
     rows, left, running = ([], []), need.copy(), [-1, -1]
@@ -415,13 +421,13 @@ def _scheduled(need, priority):
         left[m, p], running[m] = 0, p
     return np.array(rows)
 
-# %% ../../nbs/2_data/24_slices.ipynb #d8514012
+# %% ../../nbs/2_data/24_slices.ipynb #8ab7b761
 def _free_schedule(need, rng, tries=20):
     "A schedule in random order, by the longest alternate time where none of `tries` fits"
     orders = (np.tile(rng.permutation(need.shape[1]), (2, 1)) for _ in range(tries))
     return next(r for r in (_scheduled(need, p) for p in itertools.chain(orders, [need[::-1]])) if r is not None)
 
-# %% ../../nbs/2_data/24_slices.ipynb #80dd3561
+# %% ../../nbs/2_data/24_slices.ipynb #c82e9cbe
 def _stretches(rows, batch_size):
     "(start, end) of consecutive stretches of a schedule whose sides share no patient, whole batches where possible"
     start, n = 0, len(rows[0])
@@ -434,7 +440,7 @@ def _stretches(rows, batch_size):
         yield start, end
         start = end
 
-# %% ../../nbs/2_data/24_slices.ipynb #4636789d
+# %% ../../nbs/2_data/24_slices.ipynb #64e6c5a3
 def _owners(sources, targets):
     "Patient numbers of every source and every target slice. Raises CohortError where somebody has no partner"
     names = sorted({*sources, *targets})
@@ -447,7 +453,7 @@ def _owners(sources, targets):
             expected='for each patient with an image on one side another patient on the other side', hint='Add patients to this split.')
     return owners, counts
 
-# %% ../../nbs/2_data/24_slices.ipynb #4f07beae
+# %% ../../nbs/2_data/24_slices.ipynb #4e8fb78a
 def unpaired_batches(
     sources,            # patient of every source slice
     targets,            # patient of every target slice
@@ -457,6 +463,8 @@ def unpaired_batches(
     epoch=0,            # 0 is the first
 ):
     "Batches of (source slice, target slice): no patient on both sides of a batch, all slices equally often. Raises CohortError"
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError('batch_size', given=repr(batch_size), expected='a whole number of 1 or more', hint='For instance 4.')
     owners, (s, t) = _owners(sources, targets)
     total = max(s.sum(), t.sum(), (s+t).max())
     sides = []
@@ -468,20 +476,21 @@ def unpaired_batches(
     need = np.stack([np.bincount(o[k], minlength=len(s)) for o, k in zip(owners, sides, strict=True)])
     return _mixed(_free_schedule(need, rng), owners, sides, batch_size, rng)
 
-# %% ../../nbs/2_data/24_slices.ipynb #4e7efc0f
+# %% ../../nbs/2_data/24_slices.ipynb #7c269696
 def _mixed(rows, owners, sides, batch_size, rng):
     "Batches from a schedule: slices in random order within their patient, then within their stretch"
     slices = []
     for row, owner, side in zip(rows, owners, sides, strict=True):
-        decks = {p: list(rng.permutation([k for k in side if owner[k] == p])) for p in np.unique(row)}
-        slices.append([int(decks[p].pop()) for p in row])
+        decks = {p: [] for p in row.tolist()}
+        for k in rng.permutation(side).tolist(): decks[owner[k]].append(k)
+        slices.append([decks[p].pop() for p in row.tolist()])
     batches = []
     for start, end in _stretches(rows, batch_size):
         pairs = list(zip(*(rng.permutation(side[start:end]).tolist() for side in slices), strict=True))
         batches += [pairs[k:k+batch_size] for k in range(0, len(pairs), batch_size)]
     return [batches[k] for k in rng.permutation(len(batches))]
 
-# %% ../../nbs/2_data/24_slices.ipynb #36bf58fa
+# %% ../../nbs/2_data/24_slices.ipynb #1f7befb1
 @dataclass(eq=False)
 class UnpairedSlices(_Slices):
     "Items dict(source (I, h, w), target (1, h, w), patient, z, target_patient, target_z): two people in each, see UnpairedBatches"
@@ -505,29 +514,30 @@ class UnpairedSlices(_Slices):
         "Batches of (source slice, target slice) of an epoch"
         if (batch_size, epoch) not in self.plans:
             patients = [[p.patient for p in side] for side in self.sides]
-            self.plans = {(batch_size, epoch): unpaired_batches(*patients, batch_size, seed=self.seed, epoch=epoch)}
+            if len(self.plans) > 3: self.plans.clear()
+            self.plans[batch_size, epoch] = unpaired_batches(*patients, batch_size, seed=self.seed, epoch=epoch)
         return self.plans[batch_size, epoch]
 
     def __getitem__(self, key): return self.__getitems__([key])[0]
 
     def __getitems__(self, keys): return _apart(self, [_triple(self, k) for k in keys])
 
-# %% ../../nbs/2_data/24_slices.ipynb #0850b1e8
+# %% ../../nbs/2_data/24_slices.ipynb #e89001b9
 def _halves(subject, sources, target):
     "(names of the source side, names of the target side) that a subject has; CohortError where it has neither"
     missing = [m for m in sources if m not in subject.paths]
     if missing and target not in subject.paths: require(Cohort((subject,), (), None), missing)
     return [] if missing else list(sources), [target] if target in subject.paths else []
 
-# %% ../../nbs/2_data/24_slices.ipynb #c68662c0
+# %% ../../nbs/2_data/24_slices.ipynb #3cf4ab2e
 def _triple(data, key):
     "(source slice, target slice, draw) of a key: an item's number, (number, epoch), or the three"
-    if isinstance(key, tuple) and len(key) == 3: return key
-    k, epoch = key if isinstance(key, tuple) else (key, 0)
+    if isinstance(key, tuple) and len(key) == 3: return tuple(int(k) for k in key)
+    k, epoch = _key(key)
     flat = [pair for batch in data.batches(1, epoch) for pair in batch]
     return (*flat[k], epoch)
 
-# %% ../../nbs/2_data/24_slices.ipynb #3a9a8648
+# %% ../../nbs/2_data/24_slices.ipynb #8b5bf913
 def _apart(data, keys):
     "Items of one batch; CohortError where a patient is on both sides of it"
     places = [(data.sides[0][i], data.sides[1][j]) for i, j, _ in keys]
@@ -536,14 +546,14 @@ def _apart(data, keys):
             hint='Load with DataLoader(data, batch_sampler=UnpairedBatches(data, batch_size)).')
     return [_strangers(data, *k, *p) for k, p in zip(keys, places, strict=True)]
 
-# %% ../../nbs/2_data/24_slices.ipynb #33e83efe
+# %% ../../nbs/2_data/24_slices.ipynb #c74432ef
 def _strangers(data, i, j, draw, source, target):
     "One item of two people"
     planes = _planes(data, source, range(len(data.sources))), _planes(data, target, [0])
     return dict(source=_cut(data, planes[0], source, _picks(data, 'source', i, draw)), patient=source.patient, z=source.z,
         target=_cut(data, planes[1], target, _picks(data, 'target', j, draw)), target_patient=target.patient, target_z=target.z)
 
-# %% ../../nbs/2_data/24_slices.ipynb #133cd915
+# %% ../../nbs/2_data/24_slices.ipynb #715056c6
 @dataclass
 class UnpairedBatches:
     "Batch sampler of an UnpairedSlices: one epoch, the next after `set_epoch`"
@@ -557,7 +567,7 @@ class UnpairedBatches:
 
     def __len__(self): return len(self.data.batches(self.batch_size, self.epoch))
 
-# %% ../../nbs/2_data/24_slices.ipynb #adade661
+# %% ../../nbs/2_data/24_slices.ipynb #81e63117
 @dataclass(eq=False)
 class ManyToMany(_Slices):
     "Items dict(images (M, h, w), present, sources, targets (M,) bool, patient, z): random subsets of what a subject has"
@@ -573,9 +583,9 @@ class ManyToMany(_Slices):
             self.places += _load(self, s, list(self.modalities))
         self.places = _thinned(self.places, self.limit)
 
-    def __getitem__(self, key): return _subset_item(self, *(key if isinstance(key, tuple) else (key, 0)))
+    def __getitem__(self, key): return _subset_item(self, *_key(key))
 
-# %% ../../nbs/2_data/24_slices.ipynb #9db2151b
+# %% ../../nbs/2_data/24_slices.ipynb #74a654e7
 def _two_or_more(subject, modalities):
     "(M,) bool: what the subject has; CohortError where that leaves nothing to synthesise"
     present = np.array([m in subject.paths for m in modalities])
@@ -583,7 +593,7 @@ def _two_or_more(subject, modalities):
     raise CohortError(f'modalities of patient {subject.patient}', given=', '.join(m for m in modalities if m in subject.paths) or 'none',
         expected='two or more of '+', '.join(modalities), hint='Leave this patient out, or add a volume.')
 
-# %% ../../nbs/2_data/24_slices.ipynb #4c141863
+# %% ../../nbs/2_data/24_slices.ipynb #1be5de21
 def draw_subset(
     present,            # (M,) bool
     rng,                # NumPy generator
@@ -596,7 +606,7 @@ def draw_subset(
     if one_target: others = others[[rng.integers(len(others))]]
     return (np.isin(np.arange(len(present)), k) for k in (sources, others))
 
-# %% ../../nbs/2_data/24_slices.ipynb #cec8b43c
+# %% ../../nbs/2_data/24_slices.ipynb #d9844320
 def _subset_item(data, i, draw):
     "Item i of a ManyToMany"
     place = data.places[i]
@@ -606,7 +616,7 @@ def _subset_item(data, i, draw):
     masks = {k: torch.from_numpy(v.copy()) for k, v in dict(present=present, sources=sources, targets=targets).items()}
     return dict(images=images, **masks, patient=place.patient, z=place.z)
 
-# %% ../../nbs/2_data/24_slices.ipynb #473c8af3
+# %% ../../nbs/2_data/24_slices.ipynb #14f56089
 PAIR = r'(?i:\.(hdr|img)(\.gz)?)$'       # how the names of a pair of files end
 
 def _files(path):
@@ -618,7 +628,7 @@ def _files(path):
     halves = [p for p in path.parent.iterdir() if re.fullmatch(re.escape(stem)+PAIR, p.name)] if path.exists() else []
     return sorted(halves) if stem != path.name else [path]
 
-# %% ../../nbs/2_data/24_slices.ipynb #acef47d4
+# %% ../../nbs/2_data/24_slices.ipynb #c936d15a
 def _content(subject, modalities, min_tissue, reach):
     "Key of one subject's slices: the same only where the same slices come out"
     names = [m for m in modalities if m in subject.paths]
@@ -628,12 +638,12 @@ def _content(subject, modalities, min_tissue, reach):
     text = json.dumps({**settings, 'version': versions()['i2i_mamba_nb']}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../../nbs/2_data/24_slices.ipynb #5ce66361
+# %% ../../nbs/2_data/24_slices.ipynb #21e4b2a3
 def _check(path, places):
     "What a whole file and its places amount to"
     return hashlib.sha256((sha256(path)+json.dumps(places)).encode()).hexdigest()
 
-# %% ../../nbs/2_data/24_slices.ipynb #c9fce413
+# %% ../../nbs/2_data/24_slices.ipynb #cec158ba
 def _reopened(folder, key):
     "(mapped block, places) of an earlier start; None unless whole"
     path = folder/f'{key}.npy'
@@ -643,7 +653,7 @@ def _reopened(folder, key):
         return (np.load(path, mmap_mode='r'), places) if facts['check'] == _check(path, places) else None
     except (I2IError, OSError, KeyError, TypeError, ValueError): return None
 
-# %% ../../nbs/2_data/24_slices.ipynb #4471d43c
+# %% ../../nbs/2_data/24_slices.ipynb #c7173a09
 def _in_folder(folder, key, make):
     "(mapped block, places), made where they are not there or not whole. Raises DiskError"
     if found := _reopened(folder, key): return found

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DETACHED', 'MAX_VOXELS', 'COPY', 'DAMAGED', 'GEOMETRY', 'LOOKALIKES', 'DTYPES', 'COLOURS', 'MGH_TYPES',
-           'NRRD_TYPES', 'SPACES', 'PER_AXIS', 'NRRD_PLACE', 'NRRD_FIELDS', 'MET_TYPES', 'MHA_PLACE', 'MHA_KEYS',
-           'TAGS', 'PIXELS', 'OPEN', 'SHORT', 'LONG', 'IMPLICIT', 'EXPLICIT', 'UNREADABLE', 'DECODER', 'VolumeError',
-           'Grid', 'Volume', 'Layout', 'read_grid', 'read_volume', 'Series', 'list_series', 'described', 'write_volume',
-           'crop', 'uncrop', 'to_canonical', 'from_canonical', 'same_grid']
+           'NRRD_TYPES', 'SPACES', 'PER_AXIS', 'NRRD_PLACE', 'NRRD_FIELDS', 'MET_TYPES', 'MHA_PLACE', 'MHA_SWITCHES',
+           'MHA_ANEW', 'MHA_SCALE', 'MHA_KEYS', 'TAGS', 'PIXELS', 'OPEN', 'SHORT', 'LONG', 'IMPLICIT', 'EXPLICIT',
+           'UNREADABLE', 'DECODER', 'VolumeError', 'Grid', 'Volume', 'Layout', 'read_grid', 'read_volume', 'Series',
+           'list_series', 'described', 'write_volume', 'crop', 'uncrop', 'to_canonical', 'from_canonical', 'same_grid']
 
 # %% ../../nbs/2_data/20_volume.ipynb #ce03cd28
 import contextlib
@@ -54,7 +54,7 @@ def _check(path, checks):
     for ok, what, expected, got, hint in checks:
         if not ok: raise VolumeError(path, what, expected, got, hint)
 
-# %% ../../nbs/2_data/20_volume.ipynb #e11fa06a
+# %% ../../nbs/2_data/20_volume.ipynb #705b8386
 def _suffix(path, known=SUFFIXES):
     "The volume suffix of a path, lower case, '.gz' included"
     name = Path(path).name.lower()
@@ -62,9 +62,9 @@ def _suffix(path, known=SUFFIXES):
         if name.endswith(s): return s
     whole = DETACHED.get(Path(name).suffix)
     raise VolumeError(path, 'file name', 'a name ending in '+', '.join(known), repr(''.join(Path(path).suffixes[-2:])),
-        f'Save it with its voxels in the same file, as {whole}.' if whole else 'Convert the image to NIfTI first, for instance with nibabel.')
+        f'Save it with its voxels in the same file, as {whole}.' if whole else 'Convert it to NIfTI first, for instance with nibabel.')
 
-# %% ../../nbs/2_data/20_volume.ipynb #44e5caf8
+# %% ../../nbs/2_data/20_volume.ipynb #9cf4890c
 @contextlib.contextmanager
 def _reading(path, packing='gzip'):
     "Whatever goes wrong between the disk and the decompressor becomes a VolumeError"
@@ -76,10 +76,11 @@ def _reading(path, packing='gzip'):
     except MemoryError as e:
         raise VolumeError(path, 'memory', 'room for float32 voxels', 'too little', 'Close other programs or crop the volume.') from e
 
+# %% ../../nbs/2_data/20_volume.ipynb #1d522306
 def _zipped(path): return str(path).lower().endswith(('.gz', '.mgz'))
 def _opened(path): return gzip.open(path, 'rb') if _zipped(path) else open(path, 'rb')
 
-# %% ../../nbs/2_data/20_volume.ipynb #9b1b5c77
+# %% ../../nbs/2_data/20_volume.ipynb #bda06cf5
 def _file_size(path):
     "Bytes of a regular, non-empty file; a folder, a pipe, a missing or an empty one is a VolumeError"
     with _reading(path):
@@ -89,6 +90,7 @@ def _file_size(path):
         'Name the volume itself.'), (info.st_size > 0, 'file', 'a volume', '0 bytes', COPY)])
     return info.st_size
 
+# %% ../../nbs/2_data/20_volume.ipynb #b0a3bfec
 def _pair(path):
     "(file with the header, file with the voxels): the same one but for .hdr/.img pairs"
     suffix = _suffix(path)
@@ -102,7 +104,7 @@ def _pair(path):
         both.append(found[0])
     return tuple(both)
 
-# %% ../../nbs/2_data/20_volume.ipynb #936f348d
+# %% ../../nbs/2_data/20_volume.ipynb #39151827
 LOOKALIKES = (
     (0, b'version https://git-lfs', 'a git-LFS pointer', 'Fetch the image itself with: git lfs pull'),
     (0, b'/annex/objects', 'a git-annex pointer', 'Fetch the image itself with: git annex get'),
@@ -112,7 +114,7 @@ LOOKALIKES = (
     (0, b'PK\x03\x04', 'a zip archive', 'Unpack it first.'),
 )
 
-# %% ../../nbs/2_data/20_volume.ipynb #1b17fc78
+# %% ../../nbs/2_data/20_volume.ipynb #9a0c7329
 def _looks_like(head, zipped):
     "(what the first bytes are, what to do) where they are certainly no volume; (None, None) otherwise"
     for at, magic, name, hint in LOOKALIKES:
@@ -122,7 +124,7 @@ def _looks_like(head, zipped):
     if all(c in b'\t\n\r' or 32 <= c < 127 for c in head[:64]): return 'a text file', 'Look at it: it may be an error page.'
     return None, None
 
-# %% ../../nbs/2_data/20_volume.ipynb #5ccf6a1c
+# %% ../../nbs/2_data/20_volume.ipynb #a48d34be
 def _header_block(path, size=540, least=348, kind='NIfTI'):
     "The first `size` bytes of the (unpacked) header file, at least `least`"
     zipped = _zipped(path)
@@ -132,13 +134,14 @@ def _header_block(path, size=540, least=348, kind='NIfTI'):
     _check(path, [(len(block) >= least, 'header', f'at least {least} bytes', f'{len(block)} bytes', COPY)])
     return block
 
-# %% ../../nbs/2_data/20_volume.ipynb #871e16a9
+# %% ../../nbs/2_data/20_volume.ipynb #08438402
 class Grid(NamedTuple):
     "Where the voxels of a file are, without its voxels"
     shape: tuple            # (x, y, z)
     affine: np.ndarray      # 4x4 float64: voxel index -> millimetres, +x right, +y front, +z up
     header: object          # nibabel's NIfTI or MGH header; a dict for NRRD, MHA and DICOM
 
+# %% ../../nbs/2_data/20_volume.ipynb #d0b8e850
 class Volume(NamedTuple):
     "Voxels, their place in space, and the header they came with"
     data: np.ndarray        # (x, y, z) float32, finite
@@ -148,6 +151,7 @@ class Volume(NamedTuple):
     @property
     def shape(self): "(x, y, z)"; return self.data.shape
 
+# %% ../../nbs/2_data/20_volume.ipynb #dddebb75
 class Layout(NamedTuple):
     "Where and how the voxels of a file are stored, the first axis running fastest"
     path: Path              # the file with the voxels
@@ -164,7 +168,7 @@ class Layout(NamedTuple):
     @property
     def nbytes(self): "Bytes of the voxels"; return math.prod(self.shape)*self.dtype.itemsize
 
-# %% ../../nbs/2_data/20_volume.ipynb #d7d3cbe3
+# %% ../../nbs/2_data/20_volume.ipynb #0046af9f
 def _parse_header(path, block, single):
     "nibabel's header object for a NIfTI-1 or NIfTI-2 block, its version and its byte order settled"
     import nibabel as nib
@@ -179,11 +183,11 @@ def _parse_header(path, block, single):
     _check(path, [(magic == magics[single], 'magic', repr(magics[single]), repr(magic), DAMAGED)])
     return cls(block[:size], endianness=order, check=False)
 
-# %% ../../nbs/2_data/20_volume.ipynb #124ecba1
+# %% ../../nbs/2_data/20_volume.ipynb #8f864a5c
 DTYPES = {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4', 1024: 'i8', 1280: 'u8'}
 COLOURS = {1: 'a bit mask', 32: 'complex', 128: 'RGB', 1536: '128-bit float', 1792: 'complex', 2048: 'complex', 2304: 'RGBA'}
 
-# %% ../../nbs/2_data/20_volume.ipynb #8b756bd4
+# %% ../../nbs/2_data/20_volume.ipynb #db31144c
 def _layout_checks(h, limit):
     "Checks on axes, voxel type and scaling of a header, in the order in which one depends on another"
     dim, code = [int(k) for k in h['dim']], int(h['datatype'])
@@ -199,13 +203,14 @@ def _layout_checks(h, limit):
     scale = float(h['scl_slope']), float(h['scl_inter'])
     yield all(map(math.isfinite, scale)), 'scl_slope and scl_inter', 'finite numbers', scale, 'Set them to 1 and 0 for unscaled voxels.'
 
-# %% ../../nbs/2_data/20_volume.ipynb #858f22d3
+# %% ../../nbs/2_data/20_volume.ipynb #a5e49c8d
 def _offset_checks(h, single):
     "Check of where a NIfTI header says that the voxels begin"
     offset, least = float(h['vox_offset']), (352 if h.sizeof_hdr == 348 else 544) if single else 0
     legal = math.isfinite(offset) and offset == int(offset) and least <= offset <= 2**24
     yield legal, 'vox_offset', f'{least} to {2**24}', offset, DAMAGED
 
+# %% ../../nbs/2_data/20_volume.ipynb #e089396d
 def _size_checks(layout, size, limit=MAX_VOXELS):
     "Checks whether `size` bytes on the disk can hold the voxels; deflate packs at most 1032 to 1"
     small = math.prod(layout.shape) <= limit
@@ -215,7 +220,7 @@ def _size_checks(layout, size, limit=MAX_VOXELS):
     kind = f' of {layout.packing}' if layout.packing else ''
     yield least <= need <= most, 'file size', f'{layout.start+need} bytes by its header', f'{size} bytes{kind}', COPY
 
-# %% ../../nbs/2_data/20_volume.ipynb #4e9f3c1c
+# %% ../../nbs/2_data/20_volume.ipynb #6eb8ef97
 def _affine_checks(affine, shape):
     "Checks on the map from voxel indices to millimetres"
     yield np.isfinite(affine).all(), 'affine', 'finite numbers', np.round(affine, 3).tolist(), GEOMETRY
@@ -225,7 +230,7 @@ def _affine_checks(affine, shape):
     yield volume > 1e-3, 'affine', 'three independent axes', f'a determinant of {volume:.2g} per unit voxel', GEOMETRY
     yield np.abs(affine[:3, 3]).max() <= 1e6, 'origin', 'within 1000 m', affine[:3, 3].tolist(), GEOMETRY
 
-# %% ../../nbs/2_data/20_volume.ipynb #4d04a24f
+# %% ../../nbs/2_data/20_volume.ipynb #6b128f11
 def _affine_of(path, h):
     "4x4 affine: the sform where its code is set, else the qform, else the voxel sizes about the centre"
     import nibabel as nib
@@ -239,7 +244,7 @@ def _affine_of(path, h):
     except (nib.spatialimages.HeaderDataError, ValueError, ArithmeticError) as e:
         raise VolumeError(path, 'qform', 'a unit quaternion and a sign of 1 or -1', str(e), GEOMETRY) from e
 
-# %% ../../nbs/2_data/20_volume.ipynb #8d827430
+# %% ../../nbs/2_data/20_volume.ipynb #000eab3b
 def _nifti(path, limit):
     "(Grid, Layouts) of a NIfTI file or pair"
     head, body = _pair(path)
@@ -254,7 +259,7 @@ def _nifti(path, limit):
     h['dim'] = [3, *shape, 1, 1, 1, 1]
     return Grid(shape, _affine_of(head, h), h), (layout,)
 
-# %% ../../nbs/2_data/20_volume.ipynb #cc7e5d78
+# %% ../../nbs/2_data/20_volume.ipynb #eb3fe0cd
 def _source(path, limit, series=None):
     "(Grid, Layouts) of a file or of a folder with a DICOM series, all claims checked, no voxel read"
     if _is_dicom(path): return _dicom(path, limit, series)
@@ -265,6 +270,7 @@ def _source(path, limit, series=None):
     _check(path, _affine_checks(grid.affine, grid.shape))
     return grid, layouts
 
+# %% ../../nbs/2_data/20_volume.ipynb #3ba90b61
 def read_grid(
     path,           # a file of any suffix in SUFFIXES, or the folder (or any file) of a DICOM series
     *,
@@ -274,7 +280,7 @@ def read_grid(
     "Shape, affine and header of a volume, checked without reading its voxels. Raises VolumeError"
     return _source(path, max_voxels, series)[0]
 
-# %% ../../nbs/2_data/20_volume.ipynb #5d1b1c5a
+# %% ../../nbs/2_data/20_volume.ipynb #0bb63aac
 def _says_dicm(path):
     "Whether a regular file has the mark of DICOM after its preamble of 128 bytes"
     with contextlib.suppress(OSError, ValueError):
@@ -282,11 +288,12 @@ def _says_dicm(path):
             with open(path, 'rb') as f: return f.read(132)[128:] == b'DICM'
     return False
 
+# %% ../../nbs/2_data/20_volume.ipynb #51b7a456
 def _is_dicom(path):
     "Whether a path is a folder, or a DICOM file with a suffix of its own"
     return os.path.isdir(path) or not str(path).lower().endswith(SUFFIXES) and _says_dicm(path)
 
-# %% ../../nbs/2_data/20_volume.ipynb #6052ef02
+# %% ../../nbs/2_data/20_volume.ipynb #bee9dd21
 def _float32(raw, layout):
     "Voxels of a piece of the file as float32, scaled by slope and intercept"
     values = np.frombuffer(raw, layout.dtype)
@@ -297,13 +304,14 @@ def _float32(raw, layout):
         if (layout.slope, layout.inter) != (1, 0): values = values.astype(np.float64)*layout.slope+layout.inter
         return values.astype(np.float32)
 
+# %% ../../nbs/2_data/20_volume.ipynb #61d298c3
 def _pieces(f, count, size=2**20):
     "`count` bytes of an open file in pieces of `size`; fewer where it ends"
     while count and (raw := f.read(min(size, count))):
         yield raw
         count -= len(raw)
 
-# %% ../../nbs/2_data/20_volume.ipynb #95530dac
+# %% ../../nbs/2_data/20_volume.ipynb #ec37e486
 class _Inflated:
     "A zlib stream as a file: it must be whole, its checksum right, and nothing may follow"
     def __init__(self, f): self.file, self.z = f, zlib.decompressobj()
@@ -318,6 +326,7 @@ class _Inflated:
         if self.z.eof and (self.z.unused_data or self.file.read(1)): raise zlib.error('data behind the end of the stream')
         return out
 
+# %% ../../nbs/2_data/20_volume.ipynb #79bb4883
 @contextlib.contextmanager
 def _stream(layout):
     "The unpacked stream with the voxels, at its beginning"
@@ -327,7 +336,7 @@ def _stream(layout):
             with gzip.GzipFile(fileobj=f) as z: yield z
         else: yield _Inflated(f) if layout.packing else f
 
-# %% ../../nbs/2_data/20_volume.ipynb #2d177f07
+# %% ../../nbs/2_data/20_volume.ipynb #db9e7273
 def _check_finite(path, values, start, shape):
     "VolumeError naming the first voxel that is not a finite float32"
     finite = np.isfinite(values)
@@ -337,9 +346,9 @@ def _check_finite(path, values, start, shape):
     raise VolumeError(path, 'voxel values', 'finite numbers in the range of float32', f'{values[first]} at voxel {at}',
         'Replace them, for instance with numpy.nan_to_num, or export the image again.')
 
-# %% ../../nbs/2_data/20_volume.ipynb #0013f0c1
+# %% ../../nbs/2_data/20_volume.ipynb #4133ce26
 def _values(layout, shape, before=0, behind=None):
-    "Voxels of one file piece by piece as float32, read to the end of the stream; the first bytes behind them go to `behind`"
+    "Voxels of one file piece by piece as float32, read to the end of the stream; the first bytes of a tail go to `behind`"
     item, total, done = layout.dtype.itemsize, math.prod(layout.shape), 0
     with _stream(layout) as f:
         for _ in _pieces(f, layout.skip): pass
@@ -349,11 +358,12 @@ def _values(layout, shape, before=0, behind=None):
             done += len(values)
             yield values
         _check(layout.path, [(done == total, 'voxels', total, f'{done} whole ones', COPY)])
-        for raw in _pieces(f, layout.tail):
-            if behind is not None: behind.extend(raw[:100])
+        if behind is not None:
+            for raw in _pieces(f, layout.tail): behind.extend(raw[:100])
         if layout.packing or not layout.tail:
             _check(layout.path, [(not f.read(1), 'voxels', total, 'more data behind the last', DAMAGED)])
 
+# %% ../../nbs/2_data/20_volume.ipynb #794a7614
 def _all_values(layouts, shape, behind=None):
     "The same for all files of a volume in turn"
     done = 0
@@ -361,16 +371,16 @@ def _all_values(layouts, shape, behind=None):
         yield from _values(layout, shape, done, behind)
         done += math.prod(layout.shape)
 
-# %% ../../nbs/2_data/20_volume.ipynb #b0917941
+# %% ../../nbs/2_data/20_volume.ipynb #41b01c27
 def _voxels(layouts, shape, behind=None):
     "All voxels as an (x, y, z) float32 array; a large volume is read once before any room is taken for it"
     if math.prod(shape) > 2**24:
-        for _ in _all_values(layouts, shape): pass
+        for _ in _all_values(layouts, shape, None if behind is None else bytearray()): pass
     out = bytearray()
     for values in _all_values(layouts, shape, behind): out.extend(values.tobytes())
     return np.frombuffer(out, np.float32).reshape(shape, order='F')
 
-# %% ../../nbs/2_data/20_volume.ipynb #1d6d8288
+# %% ../../nbs/2_data/20_volume.ipynb #9d772bd0
 def read_volume(
     path,           # a file of any suffix in SUFFIXES, or the folder (or any file) of a DICOM series
     *,
@@ -381,13 +391,14 @@ def read_volume(
     with contextlib.ExitStack() as stack:
         grid, layouts = _source(path, max_voxels, series)
         if any(k.packing == 'dicom' for k in layouts): layouts = _decoded(layouts, stack)
-        behind = bytearray()
+        behind = None if isinstance(grid.header, dict) else bytearray()
         data = _voxels(layouts, grid.shape, behind)
     return Volume(data, grid.affine, _with_footer(grid.header, behind) if behind else grid.header)
 
-# %% ../../nbs/2_data/20_volume.ipynb #3b16c5ff
+# %% ../../nbs/2_data/20_volume.ipynb #b8b53a9f
 MGH_TYPES = {0: 'u1', 1: 'i4', 3: 'f4', 4: 'i2', 10: 'u2'}
 
+# %% ../../nbs/2_data/20_volume.ipynb #ed69f093
 def _mgh_checks(h):
     "Checks on version, axes, voxel type and geometry of an MGH header"
     shape, code = tuple(int(k) for k in h['dims']), int(h['type'])
@@ -399,7 +410,7 @@ def _mgh_checks(h):
     delta = h['delta'].astype(float)
     yield bool(np.all(delta > 0) and np.isfinite(delta).all()), 'voxel size', 'finite, positive numbers', delta.tolist(), GEOMETRY
 
-# %% ../../nbs/2_data/20_volume.ipynb #381dcda5
+# %% ../../nbs/2_data/20_volume.ipynb #3be9ef13
 def _mgh(path, limit):
     "(Grid, Layouts) of an .mgh or .mgz file; without the flag for good geometry FreeSurfer's default axes are taken"
     import nibabel as nib
@@ -413,11 +424,12 @@ def _mgh(path, limit):
     _check(path, _size_checks(layout, size, limit))
     with np.errstate(all='ignore'): return Grid(shape, h.get_affine().astype(float), h), (layout,)
 
+# %% ../../nbs/2_data/20_volume.ipynb #9a5c33f3
 def _with_footer(header, behind):
     "An MGH header with the footer that follows the voxels"
     return type(header)(header.binaryblock[:90]+bytes(behind[:20]), check=False)
 
-# %% ../../nbs/2_data/20_volume.ipynb #18b5999e
+# %% ../../nbs/2_data/20_volume.ipynb #578da36e
 def _header_lines(path, ends):
     "(lines of a text header up to the one for which `ends(line)` is true, byte behind it)"
     with _reading(path), open(path, 'rb') as f: block = f.read(2**20)
@@ -430,6 +442,7 @@ def _header_lines(path, ends):
     raise VolumeError(path, 'header', 'one that ends within 10000 lines and a megabyte', name or f'{len(lines)} lines without an end',
         hint or DAMAGED)
 
+# %% ../../nbs/2_data/20_volume.ipynb #50d7ce16
 def _numbers(path, what, text, n):
     "`n` finite numbers of a header"
     try: values = [float(w) for w in text.replace(',', ' ').split()]
@@ -438,7 +451,7 @@ def _numbers(path, what, text, n):
     _check(path, [(sound, what, f'{n} finite numbers', text[:80], DAMAGED)])
     return values
 
-# %% ../../nbs/2_data/20_volume.ipynb #f22b025d
+# %% ../../nbs/2_data/20_volume.ipynb #6bfd75cb
 def _axes(path, what, text, n):
     "Lengths of n axes: decimal integers of at most ten digits"
     words = text.split()
@@ -446,13 +459,14 @@ def _axes(path, what, text, n):
     _check(path, [(sound, what, f'{n} lengths of at least 1', text[:80], DAMAGED)])
     return tuple(map(int, words))
 
+# %% ../../nbs/2_data/20_volume.ipynb #aea73b61
 def _three(path, shape):
     "Index of the axis of length 1 to drop from four, None where there are three"
     _check(path, [(len(shape) == 3 or len(shape) == 4 and 1 in (shape[0], shape[3]), 'shape', 'three axes (a fourth may have length 1)',
         shape, 'Choose one frame or component.')])
     return None if len(shape) == 3 else 3 if shape[3] == 1 else 0
 
-# %% ../../nbs/2_data/20_volume.ipynb #c99db9f9
+# %% ../../nbs/2_data/20_volume.ipynb #1d2a7772
 NRRD_TYPES = {name: code for code, names in dict(i1='signed char,int8,int8_t', u1='uchar,unsigned char,uint8,uint8_t',
     i2='short,short int,signed short,signed short int,int16,int16_t', u2='ushort,unsigned short,unsigned short int,uint16,uint16_t',
     i4='int,signed int,int32,int32_t', u4='uint,unsigned int,uint32,uint32_t', f4='float', f8='double',
@@ -465,7 +479,7 @@ NRRD_PLACE = ('space', 'space dimension', 'space directions', 'space origin', 's
 NRRD_FIELDS = {name.replace(' ', ''): name for name in (*PER_AXIS, *NRRD_PLACE, 'type', 'dimension', 'sizes', 'endian', 'encoding',
     'content', 'sample units', 'min', 'max', 'old min', 'old max', 'number', 'block size', 'line skip', 'byte skip', 'data file')}
 
-# %% ../../nbs/2_data/20_volume.ipynb #5ad3ec14
+# %% ../../nbs/2_data/20_volume.ipynb #26541e8d
 def _nrrd_fields(path):
     "(dict of the header's fields, byte where the voxels begin)"
     _check(path, [(_first(path, 5) == b'NRRD0', 'magic', 'NRRD0', _first(path, 5), DAMAGED)])
@@ -480,14 +494,16 @@ def _nrrd_fields(path):
         fields[known] = value.strip()
     return fields, start
 
+# %% ../../nbs/2_data/20_volume.ipynb #83966eb9
 def _first(path, n):
     "The first n bytes of a file"
     with _reading(path), open(path, 'rb') as f: return f.read(n)
 
-# %% ../../nbs/2_data/20_volume.ipynb #81069277
+# %% ../../nbs/2_data/20_volume.ipynb #90f976f1
 def _nrrd_checks(f):
     "Checks on type, encoding and byte order of NRRD fields"
-    for name in ('type', 'dimension', 'sizes', 'encoding'): yield name in f, 'header', f'a field {name}', ', '.join(f) or 'no field', DAMAGED
+    for name in ('type', 'dimension', 'sizes', 'encoding'):
+        yield name in f, 'header', f'a field {name}', ', '.join(f)[:200] or 'no field', DAMAGED
     yield 'data file' not in f, 'data file', 'voxels in the same file', f.get('data file'), 'Save it again as one .nrrd file.'
     code = NRRD_TYPES.get(f['type'].lower())
     yield code, 'voxel type', 'a real number per voxel', f['type'][:40], 'Convert it to float32.'
@@ -495,11 +511,11 @@ def _nrrd_checks(f):
     yield raw, 'encoding', 'raw or gzip', f['encoding'][:40], 'Save it again, for instance with SimpleITK.'
     skips = {f.get(k, '0') for k in ('line skip', 'byte skip')}
     yield skips == {'0'}, 'line skip and byte skip', '0', sorted(skips), 'Save it again, for instance with SimpleITK.'
-    order = f.get('endian', 'little' if code[1] == '1' else None)
+    order = f.get('endian', 'little' if code[1] == '1' else 'none').lower()
     yield order in ('little', 'big'), 'endian', 'little or big', order, DAMAGED
     yield f['dimension'] in ('3', '4'), 'dimension', '3 (or 4 with an axis of length 1)', f['dimension'][:20], 'Give one volume.'
 
-# %% ../../nbs/2_data/20_volume.ipynb #25a7845a
+# %% ../../nbs/2_data/20_volume.ipynb #42ec28fa
 def _nrrd_directions(path, f, drop):
     "3x3 matrix whose columns are the steps of the three axes, in the header's own space"
     if 'space directions' not in f:
@@ -511,6 +527,7 @@ def _nrrd_directions(path, f, drop):
     _check(path, [(len(rows) == 3, 'space directions', 'a bracket for each axis', f['space directions'][:80], GEOMETRY)])
     return np.array([_numbers(path, 'space directions', r.strip('()'), 3) for r in rows]).T
 
+# %% ../../nbs/2_data/20_volume.ipynb #a41fcce8
 def _nrrd_affine(path, f, drop):
     "4x4 affine in the patient's own axes"
     space, units = f.get('space', '').lower(), set(re.findall(r'[^\s"]+', f.get('space units', '')))
@@ -523,7 +540,7 @@ def _nrrd_affine(path, f, drop):
     affine[:3, 3] = _numbers(path, 'space origin', f.get('space origin', '(0,0,0)').strip('()'), 3)
     return np.diag([*SPACES[space], 1.])@affine
 
-# %% ../../nbs/2_data/20_volume.ipynb #28a33c73
+# %% ../../nbs/2_data/20_volume.ipynb #a01b6e1f
 def _nrrd(path, limit):
     "(Grid, Layouts) of an .nrrd file"
     path = Path(path)
@@ -531,28 +548,31 @@ def _nrrd(path, limit):
     _check(path, _nrrd_checks(f))
     shape = _axes(path, 'sizes', f['sizes'], int(f['dimension']))
     drop, dtype = _three(path, shape), np.dtype(NRRD_TYPES[f['type'].lower()])
-    dtype, packing = dtype.newbyteorder('>' if f.get('endian') == 'big' else '<'), '' if f['encoding'].lower() == 'raw' else 'gzip'
+    dtype = dtype.newbyteorder('>' if f.get('endian', '').lower() == 'big' else '<')
     affine = _nrrd_affine(path, f, drop)
     if drop is not None: f, shape = {k: v for k, v in f.items() if k not in PER_AXIS+NRRD_PLACE}, shape[1-drop//3:4-drop//3]
-    layout = Layout(path, shape, dtype, start, packing=packing)
+    layout = Layout(path, shape, dtype, start, packing='' if f['encoding'].lower() == 'raw' else 'gzip')
     _check(path, _size_checks(layout, size, limit))
     return Grid(shape, affine, _dictionary('nrrd', layout, f, f.get('content', ''))), (layout,)
 
+# %% ../../nbs/2_data/20_volume.ipynb #c5fc5937
 def _dictionary(kind, layout, fields, text):
     "Header of a format that nibabel has no object for"
     return dict(format=kind, dtype=layout.dtype.str, slope=layout.slope, inter=layout.inter, descrip=text, fields=fields)
 
-# %% ../../nbs/2_data/20_volume.ipynb #583d6486
+# %% ../../nbs/2_data/20_volume.ipynb #f14cb0bf
 MET_TYPES = dict(MET_CHAR='i1', MET_UCHAR='u1', MET_SHORT='i2', MET_USHORT='u2', MET_INT='i4', MET_UINT='u4', MET_LONG='i4', MET_ULONG='u4',
     MET_LONG_LONG='i8', MET_ULONG_LONG='u8', MET_FLOAT='f4', MET_DOUBLE='f8')
-MHA_PLACE = ('TransformMatrix', 'Rotation', 'Orientation', 'Offset', 'Position', 'Origin', 'ElementSpacing', 'ElementSize', 'CenterOfRotation',
-    'AnatomicalOrientation', 'DistanceUnits')
-MHA_KEYS = (*MHA_PLACE, 'ObjectType', 'NDims', 'DimSize', 'BinaryData', 'BinaryDataByteOrderMSB', 'ElementByteOrderMSB', 'CompressedData',
-    'CompressedDataSize', 'ElementType', 'ElementNumberOfChannels', 'HeaderSize', 'ElementDataFile', 'Comment', 'ObjectSubType', 'Name', 'ID',
-    'Modality', 'ElementMin', 'ElementMax', 'ElementToIntensityFunctionSlope', 'ElementToIntensityFunctionOffset', 'SequenceID', 'Color',
-    'ParentID', 'TransformType')
+MHA_PLACE = ('TransformMatrix', 'Rotation', 'Orientation', 'Offset', 'Position', 'Origin', 'ElementSpacing', 'ElementSize',
+    'CenterOfRotation', 'AnatomicalOrientation', 'DistanceUnits')
+MHA_SWITCHES = ('BinaryData', 'BinaryDataByteOrderMSB', 'ElementByteOrderMSB', 'CompressedData')
+MHA_ANEW = (*MHA_SWITCHES, 'ObjectType', 'NDims', 'DimSize', 'CompressedDataSize', 'ElementType', 'ElementDataFile', 'Comment',
+    'ElementMin', 'ElementMax')
+MHA_SCALE = ('ElementToIntensityFunctionSlope', 'ElementToIntensityFunctionOffset')
+MHA_KEYS = (*MHA_PLACE, *MHA_ANEW, *MHA_SCALE, 'ElementNumberOfChannels', 'HeaderSize', 'ObjectSubType', 'Name', 'ID', 'Modality',
+    'SequenceID', 'Color', 'ParentID', 'TransformType')
 
-# %% ../../nbs/2_data/20_volume.ipynb #93286027
+# %% ../../nbs/2_data/20_volume.ipynb #0e08ac43
 def _mha_fields(path):
     "(dict of the header's known keys, byte where the voxels begin)"
     lines, start = _header_lines(path, lambda line: re.match(r'\s*ElementDataFile\s*=', line))
@@ -560,11 +580,14 @@ def _mha_fields(path):
     for line in lines:
         key, equals, value = (w.strip() for w in line.partition('='))
         near = key not in MHA_KEYS and difflib.get_close_matches(key[:64], MHA_KEYS, 1, .8)
-        _check(path, [(equals and key, 'header line', 'Key = Value', line[:80], DAMAGED), (not near, 'header', near and near[0], key[:64], DAMAGED),
+        _check(path, [(equals and key, 'header line', 'Key = Value', line[:80], DAMAGED),
+            (not near, 'header', near and near[0], key[:64], DAMAGED),
             (key not in fields, 'header', f'one key {key}', 'two', DAMAGED)])
         if key in MHA_KEYS: fields[key] = value
+        if key in MHA_SWITCHES: fields[key] = dict(t='True', f='False').get(value[:1].lower(), value)
     return fields, start
 
+# %% ../../nbs/2_data/20_volume.ipynb #44bcde3f
 def _mha_checks(f):
     "Checks on kind, type and encoding of MHA fields"
     for key in ('NDims', 'DimSize', 'ElementType'): yield key in f, 'header', f'a key {key}', ', '.join(f), DAMAGED
@@ -572,16 +595,15 @@ def _mha_checks(f):
     yield local, 'ElementDataFile', 'LOCAL', f['ElementDataFile'][:80], 'Save it again as one .mha file.'
     yield kind == 'Image', 'ObjectType', 'Image', kind[:40], DAMAGED
     yield f['NDims'] in ('3', '4'), 'NDims', '3 (or 4 with an axis of length 1)', f['NDims'][:20], 'Give one volume.'
-    yield f['ElementType'] in MET_TYPES and channels == '1', 'voxel type', 'a real number per voxel', f'{channels} x '+f['ElementType'][:40], \
-        'Convert it to one float32 per voxel.'
-    plain = f.get('BinaryData', 'True') in ('True', 'true', '1') and f.get('HeaderSize', '0') == '0'
+    one = f['ElementType'] in MET_TYPES and channels == '1'
+    yield one, 'voxel type', 'a real number per voxel', f'{channels} x '+f['ElementType'][:40], 'Convert it to one float32 per voxel.'
+    plain = f.get('BinaryData', 'True') == 'True' and f.get('HeaderSize', '0') == '0'
     yield plain, 'BinaryData and HeaderSize', 'True and 0', (f.get('BinaryData'), f.get('HeaderSize')), 'Save it again with SimpleITK.'
-    scale = float(f.get('ElementToIntensityFunctionSlope') or 1), float(f.get('ElementToIntensityFunctionOffset') or 0)
-    yield scale == (1, 0), 'intensity function', 'slope 1 and offset 0', scale, 'Save it again with SimpleITK.'
-    for key in ('CompressedData', 'BinaryDataByteOrderMSB', 'ElementByteOrderMSB'):
-        yield f.get(key, 'False') in ('True', 'False'), key, 'True or False', f.get(key), DAMAGED
+    scale = [float(f.get(key, k)) for k, key in zip((1, 0), MHA_SCALE, strict=True)]
+    yield scale == [1, 0], 'intensity function', 'slope 1 and offset 0', scale, 'Save it again with SimpleITK.'
+    for key in MHA_SWITCHES: yield f.get(key, 'False') in ('True', 'False'), key, 'True or False', f.get(key), DAMAGED
 
-# %% ../../nbs/2_data/20_volume.ipynb #444ac4c6
+# %% ../../nbs/2_data/20_volume.ipynb #0fa13b90
 def _mha_affine(path, f, n, drop):
     "4x4 affine in the patient's own axes from n axes, one of which may be dropped"
     chosen = lambda keys, default: next(((k, f[k]) for k in keys if k in f), (keys[0], default))
@@ -589,20 +611,19 @@ def _mha_affine(path, f, n, drop):
     origin, step = _numbers(path, *chosen(MHA_PLACE[3:6], '0 '*n), n), _numbers(path, *chosen(MHA_PLACE[6:8], '1 '*n), n)
     kept = [k for k in range(n) if k != drop]
     apart = drop is None or np.abs(matrix[kept, drop]).max() == 0
-    _check(path, [(min(step) > 0, 'ElementSpacing', 'positive numbers', step, GEOMETRY), (apart, 'TransformMatrix',
-        'an axis of length 1 apart from the others', matrix.tolist(), GEOMETRY), (f.get('DistanceUnits', 'mm') in ('mm', '?'), 'DistanceUnits',
-        'mm', f.get('DistanceUnits'), GEOMETRY)])
+    _check(path, [(min(step) > 0, 'ElementSpacing', 'positive numbers', step, GEOMETRY),
+        (apart, 'TransformMatrix', 'an axis of length 1 apart from the others', matrix.tolist(), GEOMETRY),
+        (f.get('DistanceUnits', 'mm') in ('mm', '?'), 'DistanceUnits', 'mm', f.get('DistanceUnits'), GEOMETRY)])
     affine = np.eye(4)
     affine[:3] = np.c_[(matrix*step)[np.ix_(kept, kept)], np.array(origin)[kept]]
     return np.diag([-1, -1, 1, 1.])@affine
 
-# %% ../../nbs/2_data/20_volume.ipynb #a8ef563e
+# %% ../../nbs/2_data/20_volume.ipynb #4b5b3de4
 def _mha(path, limit):
     "(Grid, Layouts) of an .mha file"
     path = Path(path)
     size, (f, start) = _file_size(path), _mha_fields(path)
-    for key in ('ElementToIntensityFunctionSlope', 'ElementToIntensityFunctionOffset'):
-        if key in f: _numbers(path, key, f[key], 1)
+    for key in set(MHA_SCALE) & set(f): _numbers(path, key, f[key], 1)
     _check(path, _mha_checks(f))
     shape = _axes(path, 'DimSize', f['DimSize'], int(f['NDims']))
     drop, packed = _three(path, shape), f.get('CompressedData') == 'True'
@@ -614,7 +635,7 @@ def _mha(path, limit):
     _check(path, [*_size_checks(layout, size, limit), (told == str(size-start), 'CompressedDataSize', size-start, told[:20], COPY)])
     return Grid(shape, affine, _dictionary('mha', layout, f, f.get('Comment', ''))), (layout,)
 
-# %% ../../nbs/2_data/20_volume.ipynb #8e353e72
+# %% ../../nbs/2_data/20_volume.ipynb #1817eaf6
 TAGS = {0x00020010: 'TransferSyntaxUID', 0x00080060: 'Modality', 0x0008103E: 'SeriesDescription', 0x00180050: 'SliceThickness',
     0x00180088: 'SpacingBetweenSlices', 0x0020000E: 'SeriesInstanceUID', 0x00200032: 'ImagePositionPatient',
     0x00200037: 'ImageOrientationPatient', 0x00280002: 'SamplesPerPixel', 0x00280004: 'PhotometricInterpretation',
@@ -627,7 +648,7 @@ LONG = {k.encode() for k in 'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()}
 IMPLICIT, EXPLICIT = '1.2.840.10008.1.2', '1.2.840.10008.1.2.1'
 UNREADABLE = {'1.2.840.10008.1.2.1.99': 'deflated', '1.2.840.10008.1.2.2': 'big endian'}
 
-# %% ../../nbs/2_data/20_volume.ipynb #561fedcb
+# %% ../../nbs/2_data/20_volume.ipynb #806280aa
 class _Walk:
     "Steps over the elements of a DICOM file; every length is compared with the size of the file, and their number is bounded"
     def __init__(self, path, f, size): self.path, self.file, self.size, self.left = path, f, size, 200000
@@ -637,15 +658,16 @@ class _Walk:
         head = self.file.read(8)
         if not head: return None
         self.left -= 1
-        _check(self.path, [(len(head) == 8, 'DICOM element', '8 bytes', len(head), COPY), (self.left > 0, 'DICOM header', 'up to 200000 elements',
-            'more', DAMAGED)])
+        _check(self.path, [(len(head) == 8, 'DICOM element', '8 bytes', len(head), COPY),
+            (self.left > 0, 'DICOM header', 'up to 200000 elements', 'more', DAMAGED)])
         (group, number, length), kind = struct.unpack('<HHI', head), b''
         if explicit and group != 0xFFFE:
             kind, length = head[4:6], struct.unpack('<H', head[6:])[0]
             _check(self.path, [(kind in LONG or kind in SHORT, 'DICOM element', 'a known kind of value', repr(kind), DAMAGED)])
             if kind in LONG: length = int.from_bytes(self.file.read(4), 'little')
-        fits = length == OPEN or self.file.tell()+length <= self.size
-        _check(self.path, [(fits, f'DICOM element {group:04X},{number:04X}', f'{length} bytes', f'{self.size-self.file.tell()} left', COPY)])
+        left = self.size-self.file.tell()
+        name = f'DICOM element {group:04X},{number:04X}'
+        _check(self.path, [(length == OPEN or length <= left, name, f'{length} bytes', f'{left} left', COPY)])
         return group << 16 | number, kind, length
 
     def skip(self, kind, length, explicit, depth=0):
@@ -656,7 +678,7 @@ class _Walk:
             self.skip(*e[1:], explicit and kind != b'UN', depth+1)
         _check(self.path, [(e, 'DICOM sequence', 'its end', 'the end of the file', COPY)])
 
-# %% ../../nbs/2_data/20_volume.ipynb #c18f8021
+# %% ../../nbs/2_data/20_volume.ipynb #8095275f
 def _dicom_fields(path):
     "dict of the elements in TAGS, with 'at' and 'length' of the voxels where there are any"
     size, fields, last, explicit = _file_size(path), {}, 0, True
@@ -675,13 +697,15 @@ def _dicom_fields(path):
             if tag not in TAGS: walk.skip(kind, length, explicit)
             else: fields[TAGS[tag]] = _dicom_value(path, TAGS[tag], f.read(min(length, 1025)))
 
+# %% ../../nbs/2_data/20_volume.ipynb #ed30abd1
 def _explicit(path, fields):
     "Whether the kinds of values are written, by the transfer syntax; one that the walk cannot read is a VolumeError"
     syntax = fields.get('TransferSyntaxUID')
-    _check(path, [(syntax, 'transfer syntax', 'a value', 'none', DAMAGED), (syntax not in UNREADABLE, 'transfer syntax', 'plain little endian',
-        UNREADABLE.get(syntax), 'Convert the series, for instance with dcm2niix.')])
+    _check(path, [(syntax, 'transfer syntax', 'a value', 'none', DAMAGED), (syntax not in UNREADABLE, 'transfer syntax',
+        'plain little endian', UNREADABLE.get(syntax), 'Convert the series, for instance with dcm2niix.')])
     return syntax != IMPLICIT
 
+# %% ../../nbs/2_data/20_volume.ipynb #a92700ea
 def _dicom_value(path, name, raw):
     "An integer for the two-byte numbers, text for the rest"
     _check(path, [(len(raw) <= 1024, name, 'up to 1024 bytes', 'more', DAMAGED)])
@@ -689,14 +713,14 @@ def _dicom_value(path, name, raw):
     _check(path, [(not whole or len(raw) == 2, name, 'two bytes', len(raw), DAMAGED)])
     return int.from_bytes(raw, 'little') if whole else raw.decode('utf-8', 'replace').rstrip('\0 ').lstrip()
 
-# %% ../../nbs/2_data/20_volume.ipynb #a141ac91
+# %% ../../nbs/2_data/20_volume.ipynb #ead57077
 def _slice_checks(d):
     "Checks on the fields of one DICOM image"
     for name in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
         yield name in d, name, 'a value', 'none', DAMAGED
     grey = d.get('SamplesPerPixel', 1) == 1 and d.get('PhotometricInterpretation', 'MONOCHROME2') == 'MONOCHROME2'
     yield grey, 'colours', 'MONOCHROME2', d.get('PhotometricInterpretation'), 'Take the original series instead of a picture of it.'
-    frames = d.get('NumberOfFrames', '1')
+    frames = d.get('NumberOfFrames') or '1'
     yield frames == '1', 'frames', 'one in a file', frames, 'Convert the series, for instance with dcm2niix.'
     for name in ('ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing'):
         yield d.get(name), name, 'a value', 'none', 'Take the original series; a file with many frames converts with dcm2niix.'
@@ -708,9 +732,10 @@ def _slice_checks(d):
     told = d['length'] == OPEN if _is_encapsulated(d) else d['length'] in (need, need+need % 2)
     yield told, 'voxels', f'{need} bytes', d['length'], COPY
 
+# %% ../../nbs/2_data/20_volume.ipynb #7841f656
 def _is_encapsulated(d): return d['TransferSyntaxUID'] not in (IMPLICIT, EXPLICIT)
 
-# %% ../../nbs/2_data/20_volume.ipynb #a0d4f8af
+# %% ../../nbs/2_data/20_volume.ipynb #5e11aea9
 class _Slice(NamedTuple):
     "Place and layout of one DICOM image"
     fields: dict            # of _dicom_fields
@@ -721,21 +746,23 @@ class _Slice(NamedTuple):
     @property
     def normal(self): "Unit vector across the slice"; n = np.cross(*self.axes.T); return n/np.linalg.norm(n)
 
+# %% ../../nbs/2_data/20_volume.ipynb #e2047545
 def _slice(path, d):
     "The _Slice of a DICOM image with fields d, checked"
     _check(path, _slice_checks(d))
-    number = lambda name, n, default=None: np.array(_numbers(path, name, d.get(name, default).replace('\\', ' '), n))
+    number = lambda name, n, default='': np.array(_numbers(path, name, (d.get(name) or default).replace('\\', ' '), n))
     turn, step = number('ImageOrientationPatient', 6).reshape(2, 3).T, number('PixelSpacing', 2)
     (slope,), (inter,) = number('RescaleSlope', 1, '1'), number('RescaleIntercept', 1, '0')
-    _check(path, [(np.abs(turn.T@turn-np.eye(2)).max() < 1e-3, 'ImageOrientationPatient', 'two unit vectors at right angles', turn.T.tolist(),
-        GEOMETRY), (1e-3 <= step.min() and step.max() <= 1e3, 'PixelSpacing', '0.001 to 1000 mm', step.tolist(), GEOMETRY),
+    unit = np.abs(turn.T@turn-np.eye(2)).max() < 1e-3
+    _check(path, [(unit, 'ImageOrientationPatient', 'two unit vectors at right angles', turn.T.tolist(), GEOMETRY),
+        (1e-3 <= step.min() and step.max() <= 1e3, 'PixelSpacing', '0.001 to 1000 mm', step.tolist(), GEOMETRY),
         (slope != 0, 'RescaleSlope', 'not 0', slope, DAMAGED)])
     dtype = np.dtype('ui'[d['PixelRepresentation']]+str(d['BitsAllocated']//8)).newbyteorder('<')
     layout = Layout(path, (d['Columns'], d['Rows'], 1), dtype, d['at'], packing='dicom' if _is_encapsulated(d) else '', slope=float(slope),
         inter=float(inter), tail=2**40, bits=d['BitsStored'] % d['BitsAllocated'])
     return _Slice(d, layout, number('ImagePositionPatient', 3), turn*step[::-1])
 
-# %% ../../nbs/2_data/20_volume.ipynb #e26fc18e
+# %% ../../nbs/2_data/20_volume.ipynb #2ec5697b
 class Series(NamedTuple):
     "One DICOM series of a folder"
     uid: str
@@ -743,6 +770,7 @@ class Series(NamedTuple):
     modality: str
     files: tuple        # paths of its images, by name
 
+# %% ../../nbs/2_data/20_volume.ipynb #8c61a9b8
 def _images(folder):
     "dict path -> fields of the DICOM images directly in a folder"
     with _reading(folder): paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith('.'))
@@ -754,12 +782,14 @@ def _images(folder):
     found = {p: _dicom_fields(p) for p in marked}
     return {p: d for p, d in found.items() if 'at' in d and 'Rows' in d}
 
+# %% ../../nbs/2_data/20_volume.ipynb #81b4afd8
 def list_series(
     folder,         # a folder whose files are DICOM images, possibly of several series
 ):
     "The DICOM series directly in a folder, as a tuple of Series. Raises VolumeError"
     return tuple(_grouped(_images(folder)))
 
+# %% ../../nbs/2_data/20_volume.ipynb #224d3873
 def _grouped(images):
     "Series of a dict path -> fields"
     groups = {}
@@ -768,7 +798,7 @@ def _grouped(images):
         d = images[files[0]]
         yield Series(uid, d.get('SeriesDescription', ''), d.get('Modality', ''), tuple(files))
 
-# %% ../../nbs/2_data/20_volume.ipynb #b6c8e049
+# %% ../../nbs/2_data/20_volume.ipynb #a4aa5f7e
 def _chosen(path, series):
     "(dict path -> fields of the one series meant, in the order of names). Several are listed, never guessed"
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
@@ -776,6 +806,8 @@ def _chosen(path, series):
     known = list(_grouped(images))
     _check(path, [(known, 'file', 'a volume, or a folder with the images of a DICOM series', 'a folder without DICOM images',
         'Name the volume itself, or the subfolder with the images.')])
+    named = os.path.isdir(path) or Path(path) in images
+    _check(path, [(named, 'content', 'an image of a series', 'a DICOM file without one', 'Name the folder of the series.')])
     if series is None and Path(path) in images: series = images[Path(path)].get('SeriesInstanceUID', '')
     listed = '; '.join(f'{s.uid} ({s.description or "no description"}, {s.modality}, {len(s.files)} images)' for s in known[:20])
     fit = [s for s in known if series in (None, s.uid)]
@@ -783,17 +815,20 @@ def _chosen(path, series):
         'Choose one with series=, its number before the bracket.')])
     return {p: images[p] for p in fit[0].files}
 
-# %% ../../nbs/2_data/20_volume.ipynb #65e9f07e
+# %% ../../nbs/2_data/20_volume.ipynb #94b1dbcf
 def _same_checks(path, slices):
     "Checks that all slices have one size, type, orientation and voxel size"
     first = slices[0]
+    kind = lambda s: (str(s.layout.dtype), s.layout.bits)
     for s in slices[1:]:
-        name = f'{s.layout.path.name} and {first.layout.path.name}'
-        mixed = lambda what, a, b: (False, f'{what} of {name}', 'the same in a series', f'{a} and {b}', 'Sort the folder: one series is one volume.')
-        if s.layout.shape != first.layout.shape: yield mixed('size', s.layout.shape[:2], first.layout.shape[:2])
-        if (s.layout.dtype, s.layout.bits) != (first.layout.dtype, first.layout.bits): yield mixed('voxel type', s.layout.dtype, first.layout.dtype)
-        if np.abs(s.axes-first.axes).max() > 1e-3*np.abs(first.axes).max(): yield mixed('orientation', s.axes.T.tolist(), first.axes.T.tolist())
+        turned = np.abs(s.axes-first.axes).max() > 1e-3*np.abs(first.axes).max()
+        for what, same, a, b in (('size', s.layout.shape == first.layout.shape, s.layout.shape[:2], first.layout.shape[:2]),
+            ('voxel type', kind(s) == kind(first), kind(s), kind(first)),
+            ('orientation', not turned, s.axes.T.tolist(), first.axes.T.tolist())):
+            yield same, f'{what} of {s.layout.path.name} and {first.layout.path.name}', 'the same in a series', f'{a} and {b}', \
+                'Sort the folder: one series is one volume.'
 
+# %% ../../nbs/2_data/20_volume.ipynb #f52a0ce4
 def _step(path, slices):
     "Step from slice to slice in mm: from the positions, for a single slice from its thickness"
     if len(slices) == 1:
@@ -810,7 +845,7 @@ def _step(path, slices):
         f'{gaps.min():.3f} to {gaps.max():.3f} mm', 'A slice is missing, or the series holds several stacks: copy it again or sort it.')])
     return step
 
-# %% ../../nbs/2_data/20_volume.ipynb #e80de80d
+# %% ../../nbs/2_data/20_volume.ipynb #d3d48c29
 def _dicom(path, limit, series=None):
     "(Grid, Layouts) of a DICOM series"
     slices = [_slice(p, d) for p, d in _chosen(path, series).items()]
@@ -830,7 +865,7 @@ def _dicom(path, limit, series=None):
     stored = layouts[0] if same else layouts[0]._replace(dtype=np.dtype('<f4'), slope=1., inter=0.)
     return Grid(shape, affine, _dictionary('dicom', stored, text, '')), layouts
 
-# %% ../../nbs/2_data/20_volume.ipynb #5be2579a
+# %% ../../nbs/2_data/20_volume.ipynb #5a2eab5d
 DECODER = """
 import sys, numpy as np, SimpleITK as sitk
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -840,20 +875,23 @@ for k, path in enumerate(sys.argv[2:]):
     sitk.GetArrayFromImage(image).astype('<f4').tofile(f'{sys.argv[1]}/{k}')
 """
 
+# %% ../../nbs/2_data/20_volume.ipynb #b34e219f
 def _decoded(layouts, stack):
     "Layouts of plain float32 files, decoded by SimpleITK in another process; they live as long as `stack`"
     folder, out = stack.enter_context(tempfile.TemporaryDirectory()), []
     for k in range(0, len(layouts), 500):
-        done = subprocess.run([sys.executable, '-c', DECODER, folder, *(str(s.path.absolute()) for s in layouts[k:k+500])], capture_output=True)
-        _check(layouts[k].path.parent, [(done.returncode == 0, 'compressed voxels', 'images that GDCM can decode',
-            f'exit {done.returncode}', 'Convert the series, for instance with dcm2niix or gdcmconv.')])
+        names = [str(s.path.absolute()) for s in layouts[k:k+500]]
+        try: code = subprocess.run([sys.executable, '-c', DECODER, folder, *names], capture_output=True, timeout=600).returncode
+        except subprocess.TimeoutExpired: code = 'none within 600 s'
+        _check(layouts[k].path.parent, [(code == 0, 'compressed voxels', 'images that GDCM can decode', f'exit code {code}',
+            'Convert the series, for instance with dcm2niix or gdcmconv.')])
         for j, s in enumerate(layouts[k:k+500]):
             os.replace(f'{folder}/{j}', f'{folder}/voxels{k+j}')
             out.append(Layout(Path(folder)/f'voxels{k+j}', s.shape, np.dtype('<f4')))
             _check(s.path, _size_checks(out[-1], _file_size(out[-1].path)))
     return tuple(out)
 
-# %% ../../nbs/2_data/20_volume.ipynb #89ed5499
+# %% ../../nbs/2_data/20_volume.ipynb #3c621ef4
 def _write_checks(data, affine, like):
     "Checks on what shall be written"
     real = data.dtype.kind in 'fiub'
@@ -866,7 +904,7 @@ def _write_checks(data, affine, like):
     yield np.shape(affine) == (4, 4), 'affine', 'a 4x4 matrix', np.shape(affine), 'Give a Volume, or an array and `like`.'
     yield from _affine_checks(np.asarray(affine, float), data.shape)
 
-# %% ../../nbs/2_data/20_volume.ipynb #578b765e
+# %% ../../nbs/2_data/20_volume.ipynb #b5ed879a
 def _storage(header):
     "Layout (type, slope, intercept only) in which a header says that its voxels are stored"
     kind, slope, inter = np.dtype('<f4'), 1., 0.
@@ -878,6 +916,7 @@ def _storage(header):
     if not (math.isfinite(slope) and math.isfinite(inter) and slope): slope, inter = 1., 0.
     return Layout(None, (), kind, slope=slope, inter=inter)
 
+# %% ../../nbs/2_data/20_volume.ipynb #ae3542a0
 def _stored(values, layout):
     "float32 values as the stored numbers nearest to them"
     if layout.dtype.kind == 'f' and (layout.slope, layout.inter) == (1, 0): return values.astype(layout.dtype)
@@ -889,23 +928,26 @@ def _stored(values, layout):
         out[numbers >= float(info.max)] = info.max
     return out.astype(layout.dtype)
 
+# %% ../../nbs/2_data/20_volume.ipynb #bd874906
 def _slabs(data):
     "The voxels as float32 in the order of files, a few slices at a time"
     step = max(1, 2**20//max(1, data.shape[0]*data.shape[1]))
     for k in range(0, data.shape[2], step): yield data[:, :, k:k+step].astype(np.float32).ravel(order='F')
 
-# %% ../../nbs/2_data/20_volume.ipynb #82e6c550
+# %% ../../nbs/2_data/20_volume.ipynb #3d252234
 def _kept(data, candidates):
     "The first of some layouts that gives back exactly the same float32 voxels"
     def exact(layout): return all(_float32(_stored(v, layout).tobytes(), layout).tobytes() == v.tobytes() for v in _slabs(data))
-    return next(layout for layout in candidates if layout.dtype.newbyteorder('=') == np.float32 and layout.slope == 1 or exact(layout))
+    plain = lambda k: k.dtype.newbyteorder('=') == np.float32 and (k.slope, k.inter) == (1, 0)
+    return next(layout for layout in candidates if plain(layout) or exact(layout))
 
+# %% ../../nbs/2_data/20_volume.ipynb #a356bb7a
 def _unscaled(storage, known):
     "Layouts for a format without a scale: the type itself where the format knows it, 16-bit integers, float32"
     kinds = [storage.dtype, *[np.dtype('<i2')]*(storage.dtype.kind in 'iu'), np.dtype('<f4')]
     return [Layout(None, (), k) for k in kinds if k.str[1:] in known]
 
-# %% ../../nbs/2_data/20_volume.ipynb #3e939f7c
+# %% ../../nbs/2_data/20_volume.ipynb #56833902
 def described(
     volume,         # a Volume
     text,           # what the file shall say about itself, 79 characters at most
@@ -917,13 +959,14 @@ def described(
     h['descrip'] = text.encode()[:79]
     return volume._replace(header=h)
 
+# %% ../../nbs/2_data/20_volume.ipynb #9ed9dd61
 def _text_of(header):
     "The description in a header, as one line"
     text = '' if header is None or 'descrip' not in header else header['descrip']
-    text = text if isinstance(text, str) else bytes(np.asarray(text).item() if not isinstance(text, bytes) else text).decode('utf-8', 'replace')
+    if not isinstance(text, str): text = np.asarray(text).item().decode('utf-8', 'replace')
     return ' '.join(text.split())[:79]
 
-# %% ../../nbs/2_data/20_volume.ipynb #dde843f9
+# %% ../../nbs/2_data/20_volume.ipynb #9605e482
 def _nifti_header(data, affine, header, layout):
     "NIfTI header for voxels stored as `layout` at `affine`; geometry fields of a NIfTI `header` stay untouched where they say the same"
     import nibabel as nib
@@ -933,27 +976,29 @@ def _nifti_header(data, affine, header, layout):
     h = cls.from_header(header, check=False) if ours else cls(endianness='<')
     if not ours: h.set_xyzt_units('mm')
     if not ours: h['descrip'] = _text_of(header).encode()[:79]
-    same = ours and np.array_equal(header.get_best_affine(), affine)
+    same = ours and np.array_equal(h.get_best_affine(), affine)
     h.set_data_dtype(layout.dtype), h.set_data_shape(data.shape)
-    unscaled = (layout.slope, layout.inter) == (1, 0)
-    if not (unscaled and ours and header['scl_slope'] == 0): h['scl_slope'], h['scl_inter'] = layout.slope, layout.inter
+    as_before = ours and layout.dtype.newbyteorder('=') == _storage(header).dtype.newbyteorder('=')
+    if not (as_before and header['scl_slope'] == 0): h['scl_slope'], h['scl_inter'] = layout.slope, layout.inter
     if not data.min() <= h['cal_min'] < h['cal_max'] <= data.max(): h['cal_max'], h['cal_min'] = 0, 0
     if not same:
         code = max(int(h['sform_code']), int(h['qform_code'])) or 2
         h.set_qform(affine, code), h.set_sform(affine, code)
     return h
 
-# %% ../../nbs/2_data/20_volume.ipynb #3f8eea36
+# %% ../../nbs/2_data/20_volume.ipynb #48b2a1b6
 def _encoded(data, layout):
     "Bytes of the voxels, slab by slab"
     for v in _slabs(data): yield _stored(v, layout).tobytes()
 
+# %% ../../nbs/2_data/20_volume.ipynb #a13e3514
 def _deflated(pieces, wbits):
     "The pieces packed as zlib (wbits 15) or gzip without a time stamp (wbits 31)"
     z = zlib.compressobj(1, zlib.DEFLATED, wbits)
     for p in pieces: yield z.compress(p)
     yield z.flush()
 
+# %% ../../nbs/2_data/20_volume.ipynb #c808a927
 def _nifti_bytes(data, affine, header, single=True):
     "Bytes of a NIfTI file (or pair) in pieces, the first of which is the header"
     storage = _storage(header)
@@ -965,7 +1010,7 @@ def _nifti_bytes(data, affine, header, single=True):
     yield h.binaryblock+b'\0\0\0\0'*single
     yield from _encoded(data, layout._replace(dtype=layout.dtype.newbyteorder(h.endianness)))
 
-# %% ../../nbs/2_data/20_volume.ipynb #3aff19cf
+# %% ../../nbs/2_data/20_volume.ipynb #3d2dc200
 def _mgh_bytes(data, affine, header):
     "Bytes of an MGH file in pieces"
     import nibabel as nib
@@ -982,46 +1027,49 @@ def _mgh_bytes(data, affine, header):
     yield from _encoded(data, layout)
     yield h.binaryblock[90:]
 
-def _text(numbers): return ' '.join(format(float(x)+0., '.17g') for x in np.ravel(numbers))
+# %% ../../nbs/2_data/20_volume.ipynb #b051a741
+def _text(numbers, between=' '): return between.join(format(float(x)+0., '.17g') for x in np.ravel(numbers))
 
-# %% ../../nbs/2_data/20_volume.ipynb #e1a6cb8e
+# %% ../../nbs/2_data/20_volume.ipynb #09f37e87
 def _fields_of(header, kind, place, other):
     "Fields of a header of the same kind that may be written again: all but geometry and what is written anew; and its geometry"
     if not isinstance(header, dict) or header['format'] != kind: return {}, {}
-    return {k: v for k, v in header['fields'].items() if k not in place+other}, {k: header['fields'][k] for k in place if k in header['fields']}
+    fields = header['fields']
+    return {k: v for k, v in fields.items() if k not in place+other}, {k: fields[k] for k in place if k in fields}
 
+# %% ../../nbs/2_data/20_volume.ipynb #6f423d96
 def _nrrd_bytes(data, affine, header):
     "Bytes of an NRRD file in pieces"
     kept, place = _fields_of(header, 'nrrd', NRRD_PLACE, ('dimension', 'sizes', 'endian', 'encoding', 'content', 'line skip', 'byte skip'))
-    raw = isinstance(header, dict) and header['fields'].get('encoding') == 'raw'
+    raw = isinstance(header, dict) and header['fields'].get('encoding', '').lower() == 'raw'
     layout = _kept(data, _unscaled(_storage(header), NRRD_TYPES.values()))
     if not place or not np.array_equal(_nrrd_affine('', place, None), affine):
         lps = np.diag([-1, -1, 1, 1])@affine
-        place = {'space': 'left-posterior-superior', 'space directions': ' '.join('('+_text(c).replace(' ', ',')+')' for c in lps[:3, :3].T),
-            'space origin': '('+_text(lps[:3, 3]).replace(' ', ',')+')'}
-    code, old = layout.dtype.str[1:], kept.pop('type', '')
-    name = old if NRRD_TYPES.get(old.lower()) == code else dict(f4='float', f8='double').get(code, f'{"u"*(code[0] == "u")}int{8*int(code[1])}')
+        columns = [f'({_text(c, ",")})' for c in lps[:3].T]
+        place = {'space': 'left-posterior-superior', 'space directions': ' '.join(columns[:3]), 'space origin': columns[3]}
+    old, number = kept.pop('type', ''), layout.dtype.newbyteorder('=').name.replace('float32', 'float').replace('float64', 'double')
+    name = old if NRRD_TYPES.get(old.lower()) == layout.dtype.str[1:] else number
     fields = {'type': name, 'dimension': 3, 'sizes': ' '.join(map(str, data.shape)), 'encoding': 'raw' if raw else 'gzip',
         'endian': 'big' if layout.dtype.byteorder == '>' else 'little', **place, 'kinds': 'domain domain domain', **kept}
     if text := _text_of(header): fields['content'] = text
     yield ('NRRD0005\n'+''.join(f'{k}: {v}\n' for k, v in fields.items())+'\n').encode()
     yield from _encoded(data, layout) if raw else _deflated(_encoded(data, layout), 31)
 
-# %% ../../nbs/2_data/20_volume.ipynb #8ff96c93
+# %% ../../nbs/2_data/20_volume.ipynb #5a0b091f
 def _mha_bytes(data, affine, header):
     "Bytes of an MHA file in pieces"
     import nibabel as nib
-    kept, place = _fields_of(header, 'mha', MHA_PLACE, ('ObjectType', 'NDims', 'DimSize', 'BinaryData', 'BinaryDataByteOrderMSB',
-        'ElementByteOrderMSB', 'CompressedData', 'CompressedDataSize', 'ElementType', 'ElementDataFile', 'Comment', 'ElementMin', 'ElementMax'))
+    kept, place = _fields_of(header, 'mha', MHA_PLACE, MHA_ANEW)
     raw = isinstance(header, dict) and header['format'] == 'mha' and header['fields'].get('CompressedData') != 'True'
     layout = _kept(data, _unscaled(_storage(header), MET_TYPES.values()))
     body = [b''.join(_deflated(_encoded(data, layout), 15))] if not raw else _encoded(data, layout)
     if not place or not np.array_equal(_mha_affine('', place, 3, None), affine):
         lps, step = np.diag([-1, -1, 1, 1])@affine, np.linalg.norm(affine[:3, :3], axis=0)
         ends = ''.join(dict(R='L', L='R', A='P', P='A', S='I', I='S')[c] for c in nib.aff2axcodes(affine))
-        place = dict(TransformMatrix=_text((lps[:3, :3]/step).T), Offset=_text(lps[:3, 3]), CenterOfRotation='0 0 0', AnatomicalOrientation=ends,
-            ElementSpacing=_text(step))
-    fields = dict(ObjectType='Image', NDims=3, BinaryData=True, BinaryDataByteOrderMSB=layout.dtype.byteorder == '>', CompressedData=not raw)
+        place = dict(TransformMatrix=_text((lps[:3, :3]/step).T), Offset=_text(lps[:3, 3]), CenterOfRotation='0 0 0',
+            AnatomicalOrientation=ends, ElementSpacing=_text(step))
+    big = layout.dtype.byteorder == '>'
+    fields = dict(ObjectType='Image', NDims=3, BinaryData=True, BinaryDataByteOrderMSB=big, CompressedData=not raw)
     if text := _text_of(header): fields['Comment'] = text
     if not raw: fields['CompressedDataSize'] = len(body[0])
     name = next(k for k, v in MET_TYPES.items() if v == layout.dtype.str[1:])
@@ -1029,7 +1077,7 @@ def _mha_bytes(data, affine, header):
     yield ''.join(f'{k} = {v}\n' for k, v in fields.items()).encode()
     yield from body
 
-# %% ../../nbs/2_data/20_volume.ipynb #a5379ff8
+# %% ../../nbs/2_data/20_volume.ipynb #7ee930f6
 @contextlib.contextmanager
 def _created(path, packed):
     "New file to write voxels to; packed, it is the same byte for byte whenever it is written"
@@ -1038,6 +1086,7 @@ def _created(path, packed):
         else:
             with gzip.GzipFile('', 'wb', 1, f, mtime=0) as z: yield z
 
+# %% ../../nbs/2_data/20_volume.ipynb #15025aaf
 def _write_pair(path, suffix, pieces):
     "Write header and voxels of a .hdr/.img pair"
     zipped = '.gz'*suffix.endswith('.gz')
@@ -1051,7 +1100,7 @@ def _write_pair(path, suffix, pieces):
             for z in ('', '.gz'): head.with_name(stem+kind+z).unlink(missing_ok=True)
         for kind, z in (('.img', '.gz'*(not zipped)), ('.IMG', ''), ('.IMG', '.gz')): body.with_name(stem+kind+z).unlink(missing_ok=True)
 
-# %% ../../nbs/2_data/20_volume.ipynb #ee5f2f2f
+# %% ../../nbs/2_data/20_volume.ipynb #3f7a010d
 def write_volume(
     path,           # a file of any suffix in SUFFIXES (of a pair either half); its folder is made where needed
     volume,         # a Volume, or an (x, y, z) array together with `like`
@@ -1072,17 +1121,18 @@ def write_volume(
             for piece in make(data, affine, header): f.write(piece)
     return Path(path)
 
-# %% ../../nbs/2_data/20_volume.ipynb #cdda7fc3
+# %% ../../nbs/2_data/20_volume.ipynb #c6ae60a8
 def _overlap(start, size, shape):
     "Slices of the common box in the large array and in the small one. Raises ShapeError"
     ok = all(len(x) == 3 and all(float(k) == int(k) for k in x) for x in (start, size, shape)) and min(size) > 0
     low, high = np.maximum(start, 0), np.minimum(np.add(start, size), shape) if ok else (0, 0)
     if not ok or np.any(low >= high):
-        raise ShapeError('crop', given=f'start {tuple(start)}, size {tuple(size)}', expected=f'a box that meets the volume of {tuple(shape)}',
-            hint='Give three whole numbers each; start may be negative.')
+        raise ShapeError('crop', given=f'start {tuple(start)}, size {tuple(size)}', hint='Give three whole numbers each.',
+            expected=f'a box that meets the volume of {tuple(shape)}')
     large = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     return large, tuple(slice(int(a-s), int(b-s)) for a, b, s in zip(low, high, start, strict=True))
 
+# %% ../../nbs/2_data/20_volume.ipynb #f4eefc21
 def crop(
     volume,         # a Volume
     start,          # first voxel kept, per axis; negative: that many voxels of padding before
@@ -1097,6 +1147,7 @@ def crop(
     affine[:3, 3] += affine[:3, :3]@np.asarray(start, float)
     return Volume(data, affine, volume.header)
 
+# %% ../../nbs/2_data/20_volume.ipynb #6ff8f865
 def uncrop(
     array,          # array of a crop's size
     start,          # as given to `crop`
@@ -1110,7 +1161,7 @@ def uncrop(
     out[large] = array[small]
     return out
 
-# %% ../../nbs/2_data/20_volume.ipynb #c328f110
+# %% ../../nbs/2_data/20_volume.ipynb #4ee41479
 def to_canonical(
     volume,         # a Volume in any orientation
 ):
@@ -1124,6 +1175,7 @@ def to_canonical(
     to_old[:3, 3] = [0 if f > 0 else n-1 for f, n in zip(flips, volume.shape, strict=True)]
     return Volume(data, volume.affine@to_old[:, [*order, 3]], volume.header), ornt
 
+# %% ../../nbs/2_data/20_volume.ipynb #aea73f66
 def from_canonical(
     array,          # (x, y, z) array in canonical orientation
     ornt,           # what `to_canonical` returned
@@ -1131,7 +1183,7 @@ def from_canonical(
     "The array with its axes back as they were in the file"
     return array.transpose(ornt[:, 0])[tuple(slice(None, None, f) for f in ornt[:, 1])]
 
-# %% ../../nbs/2_data/20_volume.ipynb #3aa252e0
+# %% ../../nbs/2_data/20_volume.ipynb #3fb174e5
 def same_grid(
     a,              # Volume or Grid
     b,              # Volume or Grid
