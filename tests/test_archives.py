@@ -294,7 +294,8 @@ def test_paper_splits_take_one_visit_of_each():
 
 def test_paper_splits_forget_who_is_left_out():
     c = crowd(17, ('T1', 'T2', 'CT'), {(4, 'T2')})
-    c.info.update(grids={s.key: {} for s in c.subjects}, missing={'p4': ['T2']}, mismatched={'p17': ['a', 'b'], 'p1': ['c', 'd']}, layout='x')
+    moved = {'p17': ['a', 'b'], 'p1': ['c', 'd']}
+    c.info.update(grids={s.key: {} for s in c.subjects}, missing={'p4': ['T2']}, mismatched=moved, layout='x')
     info = paper_split(c, 'mm2ct-pelvis').info
     assert set(info['grids']) == {f'p{k}' for k in range(1, 17) if k != 4} and len(info['sha256']) == 45
     assert info['missing'] == {} and info['mismatched'] == {'p1': ['c', 'd']} and info['layout'] == 'x'

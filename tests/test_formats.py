@@ -582,13 +582,24 @@ def damage(folder, kind):
     if kind == 'preamble': cut(f, 132); return 'transfer syntax'
     if kind == 'no mark': f.write_bytes(bytes(132)+f.read_bytes()[132:]); return 'another file'
     if kind == 'empty': f.write_bytes(b''); return 'another file'
+    end = folder/'im2.dcm'
+    if kind == 'end cut': cut(end, end.stat().st_size-STORED[0].size*2-12); return 'part of an image'
+    if kind == 'end without size': dicom(end, 4, drop=['Rows']); return 'part of an image'
+    if kind == 'end without voxels': dicom(end, 4, drop=['PixelData']); return 'part of an image'
+    if kind == 'end without both': dicom(end, 4, drop=['PixelData', 'Rows']); return 'part of an image'
+    if kind == 'end cut early': cut(end, end.read_bytes().index(b'\x20\0\x0d\0')); return 'part of an image'
+    if kind == 'end with a long value':
+        at, content = end.read_bytes().index(b'\x18\0\x50\0DS')+6, end.read_bytes()
+        end.write_bytes(content[:at]+b'\xf0\xff'+content[at+2:])
+        return 'left'
     if kind == 'all gone':
         for p in files: p.unlink()
         return 'folder without DICOM images'
 DAMAGE = ['missing slice', 'uneven', 'sideways', 'twice', 'size', 'orientation', 'spacing', 'type', 'frames', 'RGB', 'inverted',
     'no position', 'no orientation',
     'no spacing', 'no bits', 'bits', 'slope 0', 'zero spacing', 'skew', 'big endian', 'truncated', 'header only', 'preamble', 'no mark',
-    'empty', 'all gone']
+    'empty', 'all gone', 'end cut', 'end without size',
+    'end without voxels', 'end without both', 'end cut early', 'end with a long value']
 
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_damaged_series(tmp_path, tally, kind):
@@ -600,12 +611,14 @@ def test_damaged_series(tmp_path, tally, kind):
 
 def test_1000_damaged_dicom_files(tmp_path, tally):
     rng, folder = numpy_rng(0, 'dicom damage'), folder_without(tmp_path, sequence='open')
-    path, read = folder/'im1.dcm', 0
+    path, read = folder/'im2.dcm', 0     # the last slice: without it the stack would be even, and short
     content = path.read_bytes()
     for k in range(1000):
         broken = mutated(rng, content, 128, len(content)-84) if k < 700 else content[:rng.integers(len(content))]
         path.write_bytes(broken)
-        read += survives(folder) is not None
+        v = survives(folder)
+        read += v is not None
+        assert v is None or v.shape == (7, 6, 5)
     assert 0 < read < 500
     path.write_bytes(content)
     tally.add('DICOM', mutations=700, truncations=300, refused=1000-read)
@@ -759,6 +772,17 @@ def test_pairs_are_never_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(volume_module, '_stored', full)
     with pytest.raises(DiskError): write_volume(tmp_path/'v.hdr', Volume(voxels((300, 300, 30)), RIGID))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+def test_a_crash_between_the_halves_of_a_pair_leaves_no_mixture(tmp_path, monkeypatch):
+    write_volume(tmp_path/'v.hdr', Volume(SMALL, RIGID))
+    real, calls = os.replace, []
+    def stopped(a, b):
+        calls.append(b)
+        if len(calls) == 2: raise OSError(5, 'stopped')
+        return real(a, b)
+    monkeypatch.setattr(os, 'replace', stopped)
+    with pytest.raises(DiskError): write_volume(tmp_path/'v.hdr', Volume(SMALL+1, RIGID))
+    with pytest.raises(VolumeError, match='.hdr half'): read_volume(tmp_path/'v.img')
 
 FULL = """
 import resource, signal, sys, numpy as np

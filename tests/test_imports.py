@@ -297,6 +297,7 @@ def test_without_h5py(tmp_path, monkeypatch):
 
 # ---- cohorts --------------------------------------------------------------------------------------------------------------------
 def mats(folder, splits=('train', 'val', 'test'), names=('T1', 'T2'), n=12):
+    folder.mkdir(exist_ok=True)
     for j, s in enumerate(splits):
         for m in names: hdf5(folder/f'data_{s}_{m}.mat', (heads(n, key=j)**(1+(m != 'T1'))).transpose(0, 2, 1))
     return folder
@@ -324,6 +325,19 @@ def test_same_files_same_bytes(tmp_path):
     files = sorted(p.relative_to(runs[0]) for p in runs[0].rglob('*') if p.is_file())
     assert len(files) == 8 and all((runs[0]/f).read_bytes() == (runs[1]/f).read_bytes() for f in files)
     assert np.allclose(np.diag(read_grid(runs[0]/'unknown-train'/'T1.nii.gz').affine), [.9, .9, 1.5, 1])
+
+@UNKNOWN
+def test_a_killed_or_failed_import_leaves_the_last_one(tmp_path):
+    mats(tmp_path/'in')
+    out = import_folder(tmp_path/'in', tmp_path/'in'/'out').parent
+    (out/'.part'/'unknown-train').mkdir(parents=True), (out/'.part'/'unknown-train'/'T1.nii.gz').write_bytes(b'half')
+    before = {p: p.read_bytes() for p in out.rglob('*.*') if p.is_file() and '.part' not in p.parts}
+    assert detect_import(tmp_path/'in') == 'mat' and len(before) == 8
+    hdf5(tmp_path/'in'/'data_test_T2.mat', heads(12, key=1).transpose(0, 2, 1)**2)
+    with pytest.raises(CohortError, match='T2 slice 0 of test'): import_folder(tmp_path/'in', out)
+    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before and not (out/'.part').exists()
+    mats(tmp_path/'in')
+    assert import_folder(tmp_path/'in', out) == out/'manifest.csv' and len(read_manifest(out/'manifest.csv').subjects) == 3
 
 def test_slices_per_patient(tmp_path):
     mats(tmp_path)

@@ -241,7 +241,7 @@ def _thinned(items, limit):
     if limit < 1: raise ConfigError('limit', given=limit, expected='1 or more', hint='Leave it out to use every slice.')
     return [items[k] for k in np.linspace(0, len(items)-1, limit).round().astype(int)]
 
-# %% ../../nbs/2_data/24_slices.ipynb #00733a89
+# %% ../../nbs/2_data/24_slices.ipynb #da9faec3
 @dataclass(eq=False)
 class _Slices(Dataset):
     "What the datasets share: options, and blocks of slices"
@@ -273,7 +273,7 @@ class _Slices(Dataset):
         return {**self.__dict__, 'blocks': blocks, 'progress': None}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, blocks=[np.load(b, mmap_mode='r') if isinstance(b, Path) else b for b in state['blocks']])
+        self.__dict__.update(state, blocks=[np.lib.format.open_memmap(b, mode='r') if isinstance(b, Path) else b for b in state['blocks']])
 
 # %% ../../nbs/2_data/24_slices.ipynb #6737f182
 def _sides(size):
@@ -643,14 +643,14 @@ def _check(path, places):
     "What a whole file and its places amount to"
     return hashlib.sha256((sha256(path)+json.dumps(places)).encode()).hexdigest()
 
-# %% ../../nbs/2_data/24_slices.ipynb #cec158ba
+# %% ../../nbs/2_data/24_slices.ipynb #c500a51e
 def _reopened(folder, key):
     "(mapped block, places) of an earlier start; None unless whole"
     path = folder/f'{key}.npy'
     try:
         facts = read_json(folder/f'{key}.json')
         places = [(tuple(r), z, tuple(t), tuple(h)) for r, z, t, h in facts['places']]
-        return (np.load(path, mmap_mode='r'), places) if facts['check'] == _check(path, places) else None
+        return (np.lib.format.open_memmap(path, mode='r'), places) if facts['check'] == _check(path, places) else None
     except (I2IError, OSError, KeyError, TypeError, ValueError): return None
 
 # %% ../../nbs/2_data/24_slices.ipynb #c7173a09

@@ -770,7 +770,7 @@ class Series(NamedTuple):
     modality: str
     files: tuple        # paths of its images, by name
 
-# %% ../../nbs/2_data/20_volume.ipynb #8c61a9b8
+# %% ../../nbs/2_data/20_volume.ipynb #c574210c
 def _images(folder):
     "dict path -> fields of the DICOM images directly in a folder"
     with _reading(folder): paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith('.'))
@@ -780,16 +780,26 @@ def _images(folder):
         plain = p.suffix.lower() not in kinds or not p.suffix and _looks_like(_first(p, 64), False)[0]
         _check(p, [(plain, 'content', 'a DICOM image, as its name says', 'another file', 'Copy it again, or move it elsewhere.')])
     found = {p: _dicom_fields(p) for p in marked}
-    return {p: d for p, d in found.items() if 'at' in d and 'Rows' in d}
+    images = {p: d for p, d in found.items() if 'at' in d and 'Rows' in d}
+    _check_aside({p: d for p, d in found.items() if p not in images}, {d.get('SeriesInstanceUID') for d in images.values()})
+    return images
 
-# %% ../../nbs/2_data/20_volume.ipynb #81b4afd8
+# %% ../../nbs/2_data/20_volume.ipynb #8c95ce9e
+def _check_aside(others, series):
+    "VolumeError where one of the `others` (path -> fields) has the marks of a damaged image of one of these `series`"
+    for p, d in others.items():
+        uid = d.get('SeriesInstanceUID')
+        plan = 'at' not in d and 'Rows' not in d and uid not in series and (uid or p.name.upper() == 'DICOMDIR')
+        _check(p, [(plan, 'content', 'a whole image, or an object of a series of its own', 'a part of an image', COPY)])
+
+# %% ../../nbs/2_data/20_volume.ipynb #cdf2458f
 def list_series(
     folder,         # a folder whose files are DICOM images, possibly of several series
 ):
     "The DICOM series directly in a folder, as a tuple of Series. Raises VolumeError"
     return tuple(_grouped(_images(folder)))
 
-# %% ../../nbs/2_data/20_volume.ipynb #224d3873
+# %% ../../nbs/2_data/20_volume.ipynb #580ae8bd
 def _grouped(images):
     "Series of a dict path -> fields"
     groups = {}
@@ -798,7 +808,7 @@ def _grouped(images):
         d = images[files[0]]
         yield Series(uid, d.get('SeriesDescription', ''), d.get('Modality', ''), tuple(files))
 
-# %% ../../nbs/2_data/20_volume.ipynb #a4aa5f7e
+# %% ../../nbs/2_data/20_volume.ipynb #b265e628
 def _chosen(path, series):
     "(dict path -> fields of the one series meant, in the order of names). Several are listed, never guessed"
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
@@ -815,7 +825,7 @@ def _chosen(path, series):
         'Choose one with series=, its number before the bracket.')])
     return {p: images[p] for p in fit[0].files}
 
-# %% ../../nbs/2_data/20_volume.ipynb #94b1dbcf
+# %% ../../nbs/2_data/20_volume.ipynb #657fe3f3
 def _same_checks(path, slices):
     "Checks that all slices have one size, type, orientation and voxel size"
     first = slices[0]
@@ -828,7 +838,7 @@ def _same_checks(path, slices):
             yield same, f'{what} of {s.layout.path.name} and {first.layout.path.name}', 'the same in a series', f'{a} and {b}', \
                 'Sort the folder: one series is one volume.'
 
-# %% ../../nbs/2_data/20_volume.ipynb #f52a0ce4
+# %% ../../nbs/2_data/20_volume.ipynb #fa647a58
 def _step(path, slices):
     "Step from slice to slice in mm: from the positions, for a single slice from its thickness"
     if len(slices) == 1:
@@ -841,11 +851,11 @@ def _step(path, slices):
     pair = f'{slices[k].layout.path.name} and {slices[k+1].layout.path.name}'
     _check(path, [(least > 1e-3, 'positions', 'one image at each place', f'{pair} at one place', 'Choose one echo, phase or time point.')])
     apart = np.linalg.norm(origins-origins[0]-np.arange(len(slices))[:, None]*step, axis=1)
-    _check(path, [(apart.max() <= .02*np.linalg.norm(step), 'distance of slices', 'the same everywhere',
+    _check(path, [(apart.max() <= .05*np.linalg.norm(step), 'distance of slices', 'the same everywhere',
         f'{gaps.min():.3f} to {gaps.max():.3f} mm', 'A slice is missing, or the series holds several stacks: copy it again or sort it.')])
     return step
 
-# %% ../../nbs/2_data/20_volume.ipynb #d3d48c29
+# %% ../../nbs/2_data/20_volume.ipynb #73631236
 def _dicom(path, limit, series=None):
     "(Grid, Layouts) of a DICOM series"
     slices = [_slice(p, d) for p, d in _chosen(path, series).items()]
@@ -865,7 +875,7 @@ def _dicom(path, limit, series=None):
     stored = layouts[0] if same else layouts[0]._replace(dtype=np.dtype('<f4'), slope=1., inter=0.)
     return Grid(shape, affine, _dictionary('dicom', stored, text, '')), layouts
 
-# %% ../../nbs/2_data/20_volume.ipynb #5a2eab5d
+# %% ../../nbs/2_data/20_volume.ipynb #7bdb0798
 DECODER = """
 import sys, numpy as np, SimpleITK as sitk
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -875,7 +885,7 @@ for k, path in enumerate(sys.argv[2:]):
     sitk.GetArrayFromImage(image).astype('<f4').tofile(f'{sys.argv[1]}/{k}')
 """
 
-# %% ../../nbs/2_data/20_volume.ipynb #b34e219f
+# %% ../../nbs/2_data/20_volume.ipynb #4fb777ff
 def _decoded(layouts, stack):
     "Layouts of plain float32 files, decoded by SimpleITK in another process; they live as long as `stack`"
     folder, out = stack.enter_context(tempfile.TemporaryDirectory()), []
@@ -891,7 +901,7 @@ def _decoded(layouts, stack):
             _check(s.path, _size_checks(out[-1], _file_size(out[-1].path)))
     return tuple(out)
 
-# %% ../../nbs/2_data/20_volume.ipynb #3c621ef4
+# %% ../../nbs/2_data/20_volume.ipynb #3a9cb3ba
 def _write_checks(data, affine, like):
     "Checks on what shall be written"
     real = data.dtype.kind in 'fiub'
@@ -904,7 +914,7 @@ def _write_checks(data, affine, like):
     yield np.shape(affine) == (4, 4), 'affine', 'a 4x4 matrix', np.shape(affine), 'Give a Volume, or an array and `like`.'
     yield from _affine_checks(np.asarray(affine, float), data.shape)
 
-# %% ../../nbs/2_data/20_volume.ipynb #b5ed879a
+# %% ../../nbs/2_data/20_volume.ipynb #c00f79e4
 def _storage(header):
     "Layout (type, slope, intercept only) in which a header says that its voxels are stored"
     kind, slope, inter = np.dtype('<f4'), 1., 0.
@@ -916,7 +926,7 @@ def _storage(header):
     if not (math.isfinite(slope) and math.isfinite(inter) and slope): slope, inter = 1., 0.
     return Layout(None, (), kind, slope=slope, inter=inter)
 
-# %% ../../nbs/2_data/20_volume.ipynb #ae3542a0
+# %% ../../nbs/2_data/20_volume.ipynb #f3afa47d
 def _stored(values, layout):
     "float32 values as the stored numbers nearest to them"
     if layout.dtype.kind == 'f' and (layout.slope, layout.inter) == (1, 0): return values.astype(layout.dtype)
@@ -928,26 +938,26 @@ def _stored(values, layout):
         out[numbers >= float(info.max)] = info.max
     return out.astype(layout.dtype)
 
-# %% ../../nbs/2_data/20_volume.ipynb #bd874906
+# %% ../../nbs/2_data/20_volume.ipynb #2a0ed30e
 def _slabs(data):
     "The voxels as float32 in the order of files, a few slices at a time"
     step = max(1, 2**20//max(1, data.shape[0]*data.shape[1]))
     for k in range(0, data.shape[2], step): yield data[:, :, k:k+step].astype(np.float32).ravel(order='F')
 
-# %% ../../nbs/2_data/20_volume.ipynb #3d252234
+# %% ../../nbs/2_data/20_volume.ipynb #80687dda
 def _kept(data, candidates):
     "The first of some layouts that gives back exactly the same float32 voxels"
     def exact(layout): return all(_float32(_stored(v, layout).tobytes(), layout).tobytes() == v.tobytes() for v in _slabs(data))
     plain = lambda k: k.dtype.newbyteorder('=') == np.float32 and (k.slope, k.inter) == (1, 0)
     return next(layout for layout in candidates if plain(layout) or exact(layout))
 
-# %% ../../nbs/2_data/20_volume.ipynb #a356bb7a
+# %% ../../nbs/2_data/20_volume.ipynb #47b6d1eb
 def _unscaled(storage, known):
     "Layouts for a format without a scale: the type itself where the format knows it, 16-bit integers, float32"
     kinds = [storage.dtype, *[np.dtype('<i2')]*(storage.dtype.kind in 'iu'), np.dtype('<f4')]
     return [Layout(None, (), k) for k in kinds if k.str[1:] in known]
 
-# %% ../../nbs/2_data/20_volume.ipynb #56833902
+# %% ../../nbs/2_data/20_volume.ipynb #10d6eb7e
 def described(
     volume,         # a Volume
     text,           # what the file shall say about itself, 79 characters at most
@@ -959,14 +969,14 @@ def described(
     h['descrip'] = text.encode()[:79]
     return volume._replace(header=h)
 
-# %% ../../nbs/2_data/20_volume.ipynb #9ed9dd61
+# %% ../../nbs/2_data/20_volume.ipynb #f40a5707
 def _text_of(header):
     "The description in a header, as one line"
     text = '' if header is None or 'descrip' not in header else header['descrip']
     if not isinstance(text, str): text = np.asarray(text).item().decode('utf-8', 'replace')
     return ' '.join(text.split())[:79]
 
-# %% ../../nbs/2_data/20_volume.ipynb #9605e482
+# %% ../../nbs/2_data/20_volume.ipynb #7efc3f86
 def _nifti_header(data, affine, header, layout):
     "NIfTI header for voxels stored as `layout` at `affine`; geometry fields of a NIfTI `header` stay untouched where they say the same"
     import nibabel as nib
@@ -986,19 +996,19 @@ def _nifti_header(data, affine, header, layout):
         h.set_qform(affine, code), h.set_sform(affine, code)
     return h
 
-# %% ../../nbs/2_data/20_volume.ipynb #48b2a1b6
+# %% ../../nbs/2_data/20_volume.ipynb #2ea795a9
 def _encoded(data, layout):
     "Bytes of the voxels, slab by slab"
     for v in _slabs(data): yield _stored(v, layout).tobytes()
 
-# %% ../../nbs/2_data/20_volume.ipynb #a13e3514
+# %% ../../nbs/2_data/20_volume.ipynb #02a26f63
 def _deflated(pieces, wbits):
     "The pieces packed as zlib (wbits 15) or gzip without a time stamp (wbits 31)"
     z = zlib.compressobj(1, zlib.DEFLATED, wbits)
     for p in pieces: yield z.compress(p)
     yield z.flush()
 
-# %% ../../nbs/2_data/20_volume.ipynb #c808a927
+# %% ../../nbs/2_data/20_volume.ipynb #7ab2fd7f
 def _nifti_bytes(data, affine, header, single=True):
     "Bytes of a NIfTI file (or pair) in pieces, the first of which is the header"
     storage = _storage(header)
@@ -1010,7 +1020,7 @@ def _nifti_bytes(data, affine, header, single=True):
     yield h.binaryblock+b'\0\0\0\0'*single
     yield from _encoded(data, layout._replace(dtype=layout.dtype.newbyteorder(h.endianness)))
 
-# %% ../../nbs/2_data/20_volume.ipynb #3d2dc200
+# %% ../../nbs/2_data/20_volume.ipynb #8b7b207c
 def _mgh_bytes(data, affine, header):
     "Bytes of an MGH file in pieces"
     import nibabel as nib
@@ -1027,17 +1037,17 @@ def _mgh_bytes(data, affine, header):
     yield from _encoded(data, layout)
     yield h.binaryblock[90:]
 
-# %% ../../nbs/2_data/20_volume.ipynb #b051a741
+# %% ../../nbs/2_data/20_volume.ipynb #9f6c6e2e
 def _text(numbers, between=' '): return between.join(format(float(x)+0., '.17g') for x in np.ravel(numbers))
 
-# %% ../../nbs/2_data/20_volume.ipynb #09f37e87
+# %% ../../nbs/2_data/20_volume.ipynb #bf29c970
 def _fields_of(header, kind, place, other):
     "Fields of a header of the same kind that may be written again: all but geometry and what is written anew; and its geometry"
     if not isinstance(header, dict) or header['format'] != kind: return {}, {}
     fields = header['fields']
     return {k: v for k, v in fields.items() if k not in place+other}, {k: fields[k] for k in place if k in fields}
 
-# %% ../../nbs/2_data/20_volume.ipynb #6f423d96
+# %% ../../nbs/2_data/20_volume.ipynb #fcef7156
 def _nrrd_bytes(data, affine, header):
     "Bytes of an NRRD file in pieces"
     kept, place = _fields_of(header, 'nrrd', NRRD_PLACE, ('dimension', 'sizes', 'endian', 'encoding', 'content', 'line skip', 'byte skip'))
@@ -1055,7 +1065,7 @@ def _nrrd_bytes(data, affine, header):
     yield ('NRRD0005\n'+''.join(f'{k}: {v}\n' for k, v in fields.items())+'\n').encode()
     yield from _encoded(data, layout) if raw else _deflated(_encoded(data, layout), 31)
 
-# %% ../../nbs/2_data/20_volume.ipynb #5a0b091f
+# %% ../../nbs/2_data/20_volume.ipynb #8e54bad0
 def _mha_bytes(data, affine, header):
     "Bytes of an MHA file in pieces"
     import nibabel as nib
@@ -1077,7 +1087,7 @@ def _mha_bytes(data, affine, header):
     yield ''.join(f'{k} = {v}\n' for k, v in fields.items()).encode()
     yield from body
 
-# %% ../../nbs/2_data/20_volume.ipynb #7ee930f6
+# %% ../../nbs/2_data/20_volume.ipynb #d5d0db79
 @contextlib.contextmanager
 def _created(path, packed):
     "New file to write voxels to; packed, it is the same byte for byte whenever it is written"
@@ -1086,7 +1096,7 @@ def _created(path, packed):
         else:
             with gzip.GzipFile('', 'wb', 1, f, mtime=0) as z: yield z
 
-# %% ../../nbs/2_data/20_volume.ipynb #15025aaf
+# %% ../../nbs/2_data/20_volume.ipynb #924fccfd
 def _write_pair(path, suffix, pieces):
     "Write header and voxels of a .hdr/.img pair"
     zipped = '.gz'*suffix.endswith('.gz')
@@ -1100,7 +1110,7 @@ def _write_pair(path, suffix, pieces):
             for z in ('', '.gz'): head.with_name(stem+kind+z).unlink(missing_ok=True)
         for kind, z in (('.img', '.gz'*(not zipped)), ('.IMG', ''), ('.IMG', '.gz')): body.with_name(stem+kind+z).unlink(missing_ok=True)
 
-# %% ../../nbs/2_data/20_volume.ipynb #3f7a010d
+# %% ../../nbs/2_data/20_volume.ipynb #f7821a29
 def write_volume(
     path,           # a file of any suffix in SUFFIXES (of a pair either half); its folder is made where needed
     volume,         # a Volume, or an (x, y, z) array together with `like`
@@ -1121,7 +1131,7 @@ def write_volume(
             for piece in make(data, affine, header): f.write(piece)
     return Path(path)
 
-# %% ../../nbs/2_data/20_volume.ipynb #c6ae60a8
+# %% ../../nbs/2_data/20_volume.ipynb #229ab061
 def _overlap(start, size, shape):
     "Slices of the common box in the large array and in the small one. Raises ShapeError"
     ok = all(len(x) == 3 and all(float(k) == int(k) for k in x) for x in (start, size, shape)) and min(size) > 0
@@ -1132,7 +1142,7 @@ def _overlap(start, size, shape):
     large = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     return large, tuple(slice(int(a-s), int(b-s)) for a, b, s in zip(low, high, start, strict=True))
 
-# %% ../../nbs/2_data/20_volume.ipynb #f4eefc21
+# %% ../../nbs/2_data/20_volume.ipynb #143d4b28
 def crop(
     volume,         # a Volume
     start,          # first voxel kept, per axis; negative: that many voxels of padding before
@@ -1147,7 +1157,7 @@ def crop(
     affine[:3, 3] += affine[:3, :3]@np.asarray(start, float)
     return Volume(data, affine, volume.header)
 
-# %% ../../nbs/2_data/20_volume.ipynb #6ff8f865
+# %% ../../nbs/2_data/20_volume.ipynb #4c74d557
 def uncrop(
     array,          # array of a crop's size
     start,          # as given to `crop`
@@ -1161,7 +1171,7 @@ def uncrop(
     out[large] = array[small]
     return out
 
-# %% ../../nbs/2_data/20_volume.ipynb #4ee41479
+# %% ../../nbs/2_data/20_volume.ipynb #5ced3808
 def to_canonical(
     volume,         # a Volume in any orientation
 ):
@@ -1175,7 +1185,7 @@ def to_canonical(
     to_old[:3, 3] = [0 if f > 0 else n-1 for f, n in zip(flips, volume.shape, strict=True)]
     return Volume(data, volume.affine@to_old[:, [*order, 3]], volume.header), ornt
 
-# %% ../../nbs/2_data/20_volume.ipynb #aea73f66
+# %% ../../nbs/2_data/20_volume.ipynb #71947b17
 def from_canonical(
     array,          # (x, y, z) array in canonical orientation
     ornt,           # what `to_canonical` returned
@@ -1183,7 +1193,7 @@ def from_canonical(
     "The array with its axes back as they were in the file"
     return array.transpose(ornt[:, 0])[tuple(slice(None, None, f) for f in ornt[:, 1])]
 
-# %% ../../nbs/2_data/20_volume.ipynb #3fb174e5
+# %% ../../nbs/2_data/20_volume.ipynb #4df66237
 def same_grid(
     a,              # Volume or Grid
     b,              # Volume or Grid
