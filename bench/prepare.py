@@ -55,7 +55,8 @@ def measured(manifest, out, steps, workers):
     status = running.wait()
     over.set(), watcher.join()
     if status: raise SystemExit(f'preparation ended with status {status}')
-    return dict(read_json(result), workers=workers, seconds=round(time.perf_counter()-start, 1), peak_bytes=peak[0], measured=others.report())
+    seconds = round(time.perf_counter()-start, 1)
+    return dict(read_json(result), workers=workers, seconds=seconds, peak_bytes=peak[0], measured=others.report())
 
 def subset(cohort, n, path):
     "Manifest of the first n subjects"
@@ -79,7 +80,8 @@ def main():
     one, two = (rows[f'{a.few} subjects, {w} processes']['seconds'] for w in (1, 2))
     row['bars'] = [bar('peak GB of all processes', row['peak_bytes']/1e9, at_most=3), bar('two processes over one', one/two, at_least=1.6)]
     rows[f'{a.subjects} subjects, 2 processes'] = row
-    stored(RESULTS/'prepare.json', head, rows, what='preparation of simulated subjects at paper size, IXI layout', steps=asdict(read_steps(a.steps)),
+    what = 'preparation of simulated subjects at paper size, IXI layout'
+    stored(RESULTS/'prepare.json', head, rows, what=what, steps=asdict(read_steps(a.steps)),
         libraries=peers('SimpleITK', 'scikit-learn', 'nibabel'))
     for b in row['bars']: print(told(b))
 

@@ -694,7 +694,8 @@ def test_every_format_to_every_suffix(tmp_path, suffix):
 def test_nifti_keeps_type_scale_order_and_header(tmp_path, kind, scale, version, order):
     path = put(tmp_path, raw(voxels().astype(kind), version=version, order=order, scl_slope=scale[0], scl_inter=scale[1],
         descrip=b'as it was',
-        cal_max=0, slice_duration=2.5, toffset=1.5, intent_name=b'x', aux_file=b'y', xyzt_units=10))
+        cal_max=0, slice_duration=2.5, toffset=1.5, pixdim=[1, .9, 1.1, 1.7, 2530, 0, 3, 0], intent_name=b'x', aux_file=b'y',
+        xyzt_units=10))
     v = read_volume(path)
     again = read_volume(write_volume(tmp_path/'w.nii', v))
     assert again.data.tobytes() == v.data.tobytes() and again.header == v.header and again.header.endianness == order

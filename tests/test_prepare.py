@@ -1,4 +1,5 @@
 "Preparation: same bytes whatever happened on the way, only what depends on a setting redone, failures listed, the way back exact"
+import csv
 import json
 import os
 import signal
@@ -198,7 +199,8 @@ def test_mean_max_takes_its_scale_from_training_subjects(tmp_path):
         write_volume(tmp_path/p/'T1.nii.gz', Volume(data, GRID)), write_volume(tmp_path/p/'T2.nii.gz', Volume(image('T2', k), GRID))
     cohort = propose_manifest(tmp_path, splits=dict(a='train', b='train', c='test'))
     done = prepare_cohort(cohort, tmp_path/'out', Steps(register='all', intensity={'*': 'mean_max'}), workers=1)
-    means, tops = zip(*((v.mean(dtype=float), v.max()) for s in done.cohort.subjects for v in [read_volume(s.paths['T1']).data]), strict=True)
+    data = [read_volume(s.paths['T1']).data for s in done.cohort.subjects]
+    means, tops = [v.mean(dtype=float) for v in data], [v.max() for v in data]
     scale = max(t/m for t, m in zip(tops[:2], means, strict=False))
     for s, m in zip(done.cohort.subjects, means, strict=True):
         assert s.intensity['T1'].low == 0 and np.isclose(s.intensity['T1'].high, m*scale, rtol=1e-5)
@@ -231,8 +233,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
 
 def computed(folder):
     "What the last run's log says was computed, subject by subject"
-    rows = [r.split('","') for r in (folder/'log.csv').read_text().splitlines()[1:]]
-    return {r[1]: r[4] for r in rows}
+    return {r['subject']: r['computed'] for r in csv.DictReader((folder/'log.csv').open(newline=''))}
 
 def test_only_what_depends_on_a_setting_is_redone(tmp_path):
     cohort, out = study(tmp_path/'raw', patients=('a', 'b'), affines=OTHER), tmp_path/'out'
@@ -306,7 +307,8 @@ def test_failures_are_listed_and_the_others_go_on(tmp_path):
     (tmp_path/'raw'/'b'/'T2.nii.gz').write_bytes(b'no volume')
     write_volume(tmp_path/'raw'/'c'/'T1.nii.gz', Volume(np.zeros((40, 44, 26)), GRID))
     done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
-    assert set(done.failures) == {'b', 'c'} and 'b/T2.nii.gz' in done.failures['b'] and [s.patient for s in done.cohort.subjects] == ['a', 'd']
+    assert set(done.failures) == {'b', 'c'} and 'b/T2.nii.gz' in done.failures['b']
+    assert [s.patient for s in done.cohort.subjects] == ['a', 'd']
     assert done.cohort.info['failed'] == done.failures and 'failed' in (tmp_path/'out'/'log.csv').read_text()
     assert len((tmp_path/'out'/'log.csv').read_text().splitlines()) == 5
     for p in 'ad': (tmp_path/'raw'/p/'T1.nii.gz').write_bytes(b'')
@@ -330,7 +332,7 @@ def test_a_process_that_dies_is_an_error_not_a_hang():
 def test_names_that_would_share_a_folder_are_refused(tmp_path):
     write_volume(tmp_path/'x.nii', Volume(image('T1'), GRID)), write_volume(tmp_path/'y.nii', Volume(image('T2'), GRID))
     subjects = tuple(Subject(p, 'train', dict(T1=tmp_path/f)) for p, f in (('a b', 'x.nii'), ('a_b', 'y.nii')))
-    with pytest.raises(CohortError, match='a b and a_b|a_b and a b'): prepare_cohort(Cohort(subjects, ('T1',), tmp_path), tmp_path/'o', Steps())
+    with pytest.raises(CohortError, match='a b and a_b'): prepare_cohort(Cohort(subjects, ('T1',), tmp_path), tmp_path/'o', Steps())
 
 def test_workers():
     assert worker_count(10**6, 1) == 1 and 1 <= worker_count(10**6) <= os.cpu_count() and worker_count(10**13) == 1

@@ -433,7 +433,7 @@ def _checkerboards(folder, shown):
     for path in sorted((folder/'pictures').glob('*.png'))[:shown]:
         yield Picture('Registration', path.read_bytes(), f'checkerboards before and after the registration of {path.stem}', path.stem)
 
-# %% ../../nbs/8_app/87_report.ipynb #bdf60d4b
+# %% ../../nbs/8_app/87_report.ipynb #3993db76
 def cohort_page(
     manifest,       # path of the written manifest; the page lies beside it
     cohort,         # its Cohort
@@ -447,7 +447,8 @@ def cohort_page(
     failed = [dict(subject=n, reason=e) for n, e in info.get('failed', {}).items()]
     found = {**{k.capitalize(): v for k, v in cohort_summary(cohort).items()}, 'Registration': registered, 'Failed': failed,
         'Notes': [dict(subject=s.key, note=s.notes) for s in cohort.subjects if s.notes]}
-    sheet = Picture('Contact sheet', save_figure(contact_sheet(cohort, n=shown)), 'one slice of each modality of some patients', 'Front up.')
+    drawn = save_figure(contact_sheet(cohort, n=shown))
+    sheet = Picture('Contact sheet', drawn, 'one slice of each modality of some patients', 'Front up.')
     return write_report(manifest.parent/f'{manifest.stem}-page', title=f'Cohort of {len(cohort.subjects)} subjects',
         tables=[Table(h, rows) for h, rows in found.items() if rows], figures=[sheet, *_checkerboards(manifest.parent, shown)],
         card=info.get('preparation'), simulated=info.get('simulated'))

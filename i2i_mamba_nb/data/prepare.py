@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['REGISTER', 'BRAIN', 'REFERENCES', 'STEPS', 'VERSION', 'LIBRARIES', 'VOLUMES', 'FACTS', 'SHIFT', 'BASE', 'PER_VOXEL',
-           'Steps', 'read_steps', 'content_key', 'Made', 'recall', 'Part', 'Job', 'align', 'choose_reference',
+           'HEAD', 'Steps', 'read_steps', 'content_key', 'Made', 'recall', 'Part', 'Job', 'align', 'choose_reference',
            'needs_work', 'Geometry', 'into_frame', 'out_of_frame', 'best_slices', 'frame_of', 'prepare_subject',
            'worker_count', 'run_jobs', 'Prepared', 'prepare_cohort', 'look_at_subject', 'look_at_cohort']
 
-# %% ../../nbs/2_data/23_prepare.ipynb #430e3bd7
+# %% ../../nbs/2_data/23_prepare.ipynb #5d10b956
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -17,16 +18,17 @@ import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core import (CohortError, ConfigError, I2IError, ShapeError, check_choice, from_dict, free_bytes, read_json, sha256,
-    write_json, write_text)
-from .cohort import Cohort, Subject, file_hashes, _key
+from i2i_mamba_nb.core import (CohortError, ConfigError, DiskError, I2IError, ShapeError, check_choice, from_dict, read_json, sha256,
+    write_json)
+from .archives import _grid_dict
+from .cohort import Cohort, Subject, _key, file_hashes
 from .register import Registration, brain_mask, n4, register, resample, tissue_classes
 from i2i_mamba_nb.data.volume import (Volume, crop, from_canonical, read_grid, read_volume, same_grid, to_canonical, uncrop,
     write_volume)
@@ -54,7 +56,7 @@ class Steps:
 
     def __post_init__(self): _check_steps(self)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #897374e2
+# %% ../../nbs/2_data/23_prepare.ipynb #dda77fd3
 def _check_steps(steps):
     "Lists of a JSON file made tuples; ConfigError where a setting is impossible"
     for name in ('n4', 'tissue', 'size'): object.__setattr__(steps, name, tuple(getattr(steps, name)))
@@ -62,10 +64,10 @@ def _check_steps(steps):
     for m, kind in steps.intensity.items(): check_choice(f'intensity of {m}', kind, KINDS)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (*steps.size, steps.slices))
     if not whole or len(steps.size) not in (0, 2) or min(steps.size, default=1) < 1 or steps.slices < 0:
-        raise ConfigError('size and slices', given=(steps.size, steps.slices), expected='two whole numbers of 1 or more, and one of 0 or more',
+        raise ConfigError('size and slices', given=(steps.size, steps.slices), expected='two whole numbers from 1, and one from 0',
             hint='For instance "size": [256, 256], "slices": 100.')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0788073b
+# %% ../../nbs/2_data/23_prepare.ipynb #6f64a30f
 STEPS = {
     'grid': Steps(),
     'brain': Steps(size=(256, 256), slices=100),
@@ -74,7 +76,7 @@ STEPS = {
     'clean': Steps(n4=('*',), brain='strip'),
 }
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6911b56d
+# %% ../../nbs/2_data/23_prepare.ipynb #20ab4a06
 def read_steps(
     name,               # one of STEPS, or the path of a JSON file with fields of Steps
 ):
@@ -83,14 +85,15 @@ def read_steps(
     if not str(name).endswith('.json'): check_choice('steps', str(name), [*STEPS, 'FILE.json'])
     settings = read_json(name)
     if not isinstance(settings, dict):
-        raise ConfigError(str(name), given=type(settings).__name__, expected='an object with fields of Steps', hint='See STEPS for examples.')
+        raise ConfigError(str(name), given=type(settings).__name__, expected='an object with fields of Steps',
+            hint='See STEPS for examples.')
     return from_dict(Steps, settings)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8a02457a
+# %% ../../nbs/2_data/23_prepare.ipynb #65b1733e
 VERSION = 1                 # of the steps below: with another number nothing old is used
 LIBRARIES = dict(register='SimpleITK', n4='SimpleITK', brain='SimpleITK', tissue='scikit-learn')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #bc9b66f5
+# %% ../../nbs/2_data/23_prepare.ipynb #a8763a85
 def content_key(
     name,               # of the step
     inputs,             # keys of what goes in
@@ -102,7 +105,7 @@ def content_key(
     text = json.dumps([VERSION, name, library, list(inputs), settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b1bad4f8
+# %% ../../nbs/2_data/23_prepare.ipynb #5e0c124a
 VOLUMES = ('.nii.gz', read_volume, write_volume)
 FACTS = ('.json', read_json, write_json)
 
@@ -112,7 +115,7 @@ class Made(NamedTuple):
     value: object       # a Volume, or something JSON-able
     fresh: bool         # computed now, not found
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6aa50dee
+# %% ../../nbs/2_data/23_prepare.ipynb #e8e1cae5
 def recall(
     folder,             # of the cache
     name,               # of the step
@@ -130,12 +133,13 @@ def recall(
     write(path, make())
     return Made(key, read(path), True)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b8f1fb80
+# %% ../../nbs/2_data/23_prepare.ipynb #d4aff2e8
 class Part(NamedTuple):
     "A volume on its way through the steps"
     key: str            # content key
     volume: Volume      # in canonical orientation
 
+# %% ../../nbs/2_data/23_prepare.ipynb #fd53ed7d
 class Job(NamedTuple):
     "One subject's work, complete in itself, so that any process can do it"
     subject: Subject
@@ -148,7 +152,7 @@ class Job(NamedTuple):
     @property
     def name(self): "Patient and session"; return self.subject.key
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3481c24b
+# %% ../../nbs/2_data/23_prepare.ipynb #46b85f8b
 def _is_ct(modality): return modality.upper() == 'CT'
 def _images(job): return [m for m in job.modalities if m in job.subject.paths]
 def _chosen(names, job): return [m for m in _images(job) if not _is_ct(m) and (m in names or '*' in names)]
@@ -157,7 +161,7 @@ def _sources(job):
     "Every file of a subject in canonical orientation, keyed by its bytes"
     return {m: Part(job.hashes[m], to_canonical(read_volume(p))[0]) for m, p in job.subject.paths.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2b2ab2d0
+# %% ../../nbs/2_data/23_prepare.ipynb #d9555aa3
 def _fit(job, fixed, moving, did):
     "Registration of one image onto the reference, found or computed"
     def make(): f = register(fixed.volume, moving.volume); return dict(f._asdict(), matrix=np.asarray(f.matrix).tolist())
@@ -165,7 +169,7 @@ def _fit(job, fixed, moving, did):
     did += ['register']*made.fresh
     return Registration(**dict(made.value, matrix=np.array(made.value['matrix'])))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #caadd815
+# %% ../../nbs/2_data/23_prepare.ipynb #954c0a77
 def _fits(job, parts, did):
     "modality -> Registration of each image that needs one"
     fixed, found = parts[job.reference], {}
@@ -177,7 +181,7 @@ def _fits(job, parts, did):
         found[m] = fit
     return found
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5d15322e
+# %% ../../nbs/2_data/23_prepare.ipynb #d1b16520
 def _placed(part, fixed, matrix, label):
     "A part on the reference's grid; one that lies there already, and was not moved, is not touched"
     if matrix is None and same_grid(part.volume, fixed.volume): return part
@@ -185,6 +189,7 @@ def _placed(part, fixed, matrix, label):
     key = content_key('resample', [part.key, fixed.key], [order, None if matrix is None else np.asarray(matrix).tolist()])
     return Part(key, resample(part.volume, fixed.volume, matrix, order=order))
 
+# %% ../../nbs/2_data/23_prepare.ipynb #8eef8739
 def align(
     job,                # Job
     parts,              # name -> Part, as the files are
@@ -198,7 +203,7 @@ def align(
         return fits[home].matrix if home in fits else None
     return {n: _placed(p, fixed, matrix(n), n not in job.modalities) for n, p in parts.items()}, fits
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5275e5cd
+# %% ../../nbs/2_data/23_prepare.ipynb #a3fcc144
 def choose_reference(
     cohort,             # a Cohort
     steps,              # Steps
@@ -208,20 +213,21 @@ def choose_reference(
     if steps.reference:
         check_choice('reference', steps.reference, cohort.modalities)
         return steps.reference
-    if not shared: raise CohortError('reference', given='no modality that every subject has', expected='one', hint='Name it in the steps: those '
-        'who lack it are listed as failed.')
+    if not shared: raise CohortError('reference', given='no modality that every subject has', expected='one',
+        hint='Name it in the steps: those who lack it are listed as failed.')
     return next((m for m in (*REFERENCES, *shared) if m in shared))
 
+# %% ../../nbs/2_data/23_prepare.ipynb #c6f671e8
 def needs_work(
     cohort,             # a Cohort
     steps,              # Steps
 ):
     "Whether any voxel would change: settings beyond the default, or a subject whose files lie on different grids"
     if replace(steps, reference='', intensity={}) != Steps(): return True
-    grids = ([read_grid(s.paths[m]) for m in cohort.modalities if m in s.paths] for s in cohort.subjects)
+    grids = ([read_grid(p) for p in s.paths.values()] for s in cohort.subjects)
     return any(not same_grid(g[0], other) for g in grids for other in g[1:])
 
-# %% ../../nbs/2_data/23_prepare.ipynb #f1841541
+# %% ../../nbs/2_data/23_prepare.ipynb #af3704b9
 def _clean(job, parts, did):
     "Parts with the bias field of the chosen MRI removed"
     out = dict(parts)
@@ -231,7 +237,7 @@ def _clean(job, parts, did):
         did += ['n4']*made.fresh
     return out
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2a710283
+# %% ../../nbs/2_data/23_prepare.ipynb #2fe50f17
 def _like(values, volume): return Volume(values.astype(np.float32), volume.affine, None)
 
 def _brain(job, parts, did):
@@ -244,7 +250,7 @@ def _brain(job, parts, did):
     did += ['brain']*made.fresh
     return Part(made.key, made.value)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7dc5b886
+# %% ../../nbs/2_data/23_prepare.ipynb #9d28f281
 def _stripped(part, mask): return Part(content_key('strip', [part.key, mask.key], {}), part.volume._replace(
     data=np.where(mask.volume.data > .5, part.volume.data, 0).astype(np.float32)))
 
@@ -255,7 +261,7 @@ def _extracted(job, parts, did):
     strip = {m: _stripped(parts[m], mask) for m in _images(job) if not _is_ct(m)} if job.steps.brain == 'strip' else {}
     return {**parts, **strip, 'mask': mask}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b60e380b
+# %% ../../nbs/2_data/23_prepare.ipynb #64082487
 def _classified(job, parts, did):
     "Parts with label `tissue` where asked"
     chosen = _chosen(job.steps.tissue, job)
@@ -267,7 +273,7 @@ def _classified(job, parts, did):
     did += ['tissue']*made.fresh
     return {**parts, 'tissue': Part(made.key, made.value)}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #4e925107
+# %% ../../nbs/2_data/23_prepare.ipynb #caf007b0
 @dataclass(frozen=True)
 class Geometry:
     "Where a prepared grid lies in the file it was cut from, ready for JSON"
@@ -280,7 +286,7 @@ class Geometry:
         "(Volume of zeros in canonical orientation, orientation) of the file's whole grid"
         return to_canonical(Volume(np.broadcast_to(np.float32(0), tuple(self.shape)), np.array(self.affine)))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #58a68655
+# %% ../../nbs/2_data/23_prepare.ipynb #57a4323b
 def into_frame(
     volume,             # Volume in canonical orientation, on the whole grid
     geometry,           # Geometry
@@ -290,6 +296,7 @@ def into_frame(
     "The part of a volume that lies in the frame. Raises VolumeError"
     return crop(volume, geometry.start, geometry.size, fill=fill)
 
+# %% ../../nbs/2_data/23_prepare.ipynb #3eb8b53b
 def out_of_frame(
     array,              # (x, y, z) array of the frame's size, canonical axes
     geometry,           # Geometry, or what JSON made of it
@@ -304,7 +311,7 @@ def out_of_frame(
     full = uncrop(np.asarray(array), geometry.start, whole.shape, fill=fill)
     return Volume(from_canonical(full, ornt), np.array(geometry.affine, float))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c3050bb4
+# %% ../../nbs/2_data/23_prepare.ipynb #463ea362
 def best_slices(
     mask,               # (x, y, z) bool
     n,                  # how many neighbouring slices
@@ -315,6 +322,7 @@ def best_slices(
     total = np.concatenate([[0], np.cumsum(area)])
     return int(np.argmax(total[n:]-total[:-n]))
 
+# %% ../../nbs/2_data/23_prepare.ipynb #98d39e09
 def frame_of(
     mask,               # (x, y, z) bool: the head, canonical orientation
     steps,              # Steps
@@ -328,14 +336,16 @@ def frame_of(
         start[axis] = int(inside[0]+inside[-1]+1-size[axis])//2
     return tuple(start), tuple(int(s) for s in size)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b2c0da67
+# %% ../../nbs/2_data/23_prepare.ipynb #b7d68aa9
 SHIFT = .75                 # voxels: a larger one between modalities, after all steps, is reported
 
+# %% ../../nbs/2_data/23_prepare.ipynb #0460d239
 def _shift(fixed, moving):
     "Shift in voxels (x, y, z) as JSON can hold it; empty where an image is too flat or too thin to tell"
     found = shift_between(fixed.data, moving.data)
     return [round(float(s), 3)+0. for s in found] if np.isfinite(found).all() else []
 
+# %% ../../nbs/2_data/23_prepare.ipynb #1d2dd20a
 def _shifts(job, parts, did):
     "modality -> shift against the reference, as an independent look at the result"
     fixed = parts[job.reference]
@@ -345,7 +355,7 @@ def _shifts(job, parts, did):
         return made.value
     return {m: measure(m) for m in _images(job) if m != job.reference}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #deb9e359
+# %% ../../nbs/2_data/23_prepare.ipynb #bf4153a5
 def _notes(job, fits, shifts, cut):
     "What somebody must know about a prepared subject, as sentences"
     for m, f in fits.items():
@@ -354,7 +364,7 @@ def _notes(job, fits, shifts, cut):
         if max(map(abs, s), default=0) >= SHIFT: yield f'{m}: lies {tuple(s)} voxels off {job.reference}'
     if cut > .001: yield f'the frame cuts off {100*cut:.1f} % of the head'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #df9d837f
+# %% ../../nbs/2_data/23_prepare.ipynb #c392326b
 def _framed(job, parts):
     "(name -> Volume in the frame, Geometry, share of the head that is cut off)"
     reference = parts[job.reference].volume
@@ -366,9 +376,10 @@ def _framed(job, parts):
     fill = {n: -1024. if _is_ct(n) else 0. for n in parts}
     return {n: into_frame(p.volume, geometry, fill=fill[n]) for n, p in parts.items()}, geometry, float(1-inside/mask.sum())
 
-# %% ../../nbs/2_data/23_prepare.ipynb #44c43685
+# %% ../../nbs/2_data/23_prepare.ipynb #bf014b44
 def _stem(name): return re.sub(r'[^\w.+-]+', '_', name).strip('._') or 'subject'
 
+# %% ../../nbs/2_data/23_prepare.ipynb #9cee4ad5
 def _pictures(job, parts, aligned, fits):
     "A checkerboard before and after each registration"
     from i2i_mamba_nb.data.register import show_registration
@@ -377,6 +388,7 @@ def _pictures(job, parts, aligned, fits):
         fixed = parts[job.reference].volume
         _save(show_registration(fixed, resample(parts[m].volume, fixed), aligned[m].volume), path)
 
+# %% ../../nbs/2_data/23_prepare.ipynb #e52e93a9
 def _save(fig, path):
     "A figure as PNG, the same bytes for the same figure"
     import matplotlib.pyplot as plt
@@ -384,7 +396,7 @@ def _save(fig, path):
     fig.savefig(path, dpi=70, metadata={'Software': None})
     plt.close(fig)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #90cee80d
+# %% ../../nbs/2_data/23_prepare.ipynb #07a5f167
 def _write(job, volumes):
     "name -> dict(path below the folder, sha256) of the written volumes"
     files = {}
@@ -394,6 +406,7 @@ def _write(job, volumes):
         files[n] = dict(path=path.relative_to(job.out).as_posix(), sha256=sha256(path))
     return files
 
+# %% ../../nbs/2_data/23_prepare.ipynb #03b4ca1b
 def _make(job, did):
     "All steps of one subject; returns its record"
     parts = _sources(job)
@@ -402,11 +415,12 @@ def _make(job, did):
     shifts = _shifts(job, done, did)
     volumes, geometry, cut = _framed(job, done)
     _pictures(job, parts, aligned, fits)
-    return dict(files=_write(job, volumes), geometry=asdict(geometry), shifts=shifts, reference=job.reference,
+    return dict(files=_write(job, volumes), geometry=asdict(geometry), grid=_grid_dict(volumes[job.reference]),
+        shifts=shifts, reference=job.reference,
         registration={m: dict(matrix=None if f.matrix is None else f.matrix.tolist(), before=f.before, after=f.after, refused=f.refused)
             for m, f in fits.items()}, notes=list(_notes(job, fits, shifts, cut)))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9ceb0562
+# %% ../../nbs/2_data/23_prepare.ipynb #c8ae5aab
 def _finished(job, path, key):
     "The record of an earlier run with the same key whose files are all there, byte for byte; None otherwise"
     if not path.exists(): return None
@@ -415,6 +429,7 @@ def _finished(job, path, key):
         if found['key'] == key and all(sha256(job.out/f['path']) == f['sha256'] for f in found['files'].values()): return found
     return None
 
+# %% ../../nbs/2_data/23_prepare.ipynb #5b362611
 def _intensity(job, name, file, did):
     "What the map of one image's intensities needs, fitted to the written file"
     kind = job.steps.intensity.get(name) or ('hounsfield' if _is_ct(name) else job.steps.intensity.get('*', 'window'))
@@ -427,7 +442,7 @@ def _intensity(job, name, file, did):
     did += ['intensity']*made.fresh
     return made.value
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e6d14a62
+# %% ../../nbs/2_data/23_prepare.ipynb #2cf72363
 def prepare_subject(
     job,                # Job
 ):
@@ -445,9 +460,10 @@ def prepare_subject(
     found = {n: _intensity(job, n, f, did) for n, f in record['files'].items() if n in job.modalities}
     return dict(record, intensity=found), did
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e8b7e12c
+# %% ../../nbs/2_data/23_prepare.ipynb #12aff539
 BASE, PER_VOXEL = 6*10**8, 120      # bytes: libraries of a process, and its volumes per voxel of the largest file
 
+# %% ../../nbs/2_data/23_prepare.ipynb #cf3aba2d
 def worker_count(
     largest,            # voxels of the largest file
     wanted=None,        # processes asked for; as many as cores by default
@@ -460,7 +476,7 @@ def worker_count(
     room = int(.7*psutil.virtual_memory().available/(BASE+PER_VOXEL*largest))
     return max(1, min(wanted or cores, room))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #267ac036
+# %% ../../nbs/2_data/23_prepare.ipynb #0cf49ae2
 def _stay_with(parent):
     "In a worker: one thread for every library, and an end when the main process is gone"
     import torch
@@ -470,6 +486,7 @@ def _stay_with(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/2_data/23_prepare.ipynb #3ec0335c
 def _attempt(function, job):
     "dict(result) or dict(error, trace) of one job, and its seconds"
     from threadpoolctl import threadpool_limits
@@ -480,7 +497,7 @@ def _attempt(function, job):
     except Exception as e: done = dict(error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
     return dict(done, seconds=time.perf_counter()-start)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7b2687b9
+# %% ../../nbs/2_data/23_prepare.ipynb #99f57ca4
 def run_jobs(
     function,           # of one job; importable, where there are several workers
     jobs,               # list of jobs
@@ -496,33 +513,42 @@ def run_jobs(
             for f in as_completed(waiting): yield waiting[f], _outcome(f)
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
+# %% ../../nbs/2_data/23_prepare.ipynb #4e7dd68a
 def _outcome(future):
     "What a future holds; a broken pool as an error"
     try: return future.result()
-    except BrokenProcessPool as e: return dict(error=f'the process ended before its work did ({e}): perhaps it ran out of memory', trace='', seconds=0.)
+    except BrokenProcessPool as e:
+        return dict(error=f'the process ended before its work did ({e}): perhaps it ran out of memory', trace='', seconds=0.)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #1e41b040
+# %% ../../nbs/2_data/23_prepare.ipynb #243da0a9
 class Prepared(NamedTuple):
     "What came out"
     cohort: Cohort      # of those that succeeded, with geometry, intensities and notes
     failures: dict      # patient and session -> sentence
     records: dict       # patient and session -> record of `prepare_subject`
 
-def _log(path, row):
-    "One more line in the log; its head where it is new"
-    fresh = not path.exists()
-    with open(path, 'a', encoding='utf-8') as f:
-        f.write(('time,subject,status,seconds,computed,notes\n' if fresh else '')+','.join('"'+str(v).replace('"', "'")+'"' for v in row)+'\n')
+HEAD = ('time', 'subject', 'status', 'seconds', 'computed', 'notes')
 
+# %% ../../nbs/2_data/23_prepare.ipynb #000b12ce
+def _log(path, row):
+    "One more line in the log; its head where it is new. Raises DiskError"
+    try:
+        with open(path, 'a', encoding='utf-8', newline='') as f:
+            csv.writer(f, lineterminator='\n').writerows([HEAD]*(f.tell() == 0)+[row])
+    except OSError as e:
+        raise DiskError(f'log {path}', given=e.strerror, expected='a writable file', hint='Choose another folder.') from e
+
+# %% ../../nbs/2_data/23_prepare.ipynb #ef7eb5ec
 def _line(job, ended):
     "A row of the log"
     record, did = ended.get('result', ({}, []))
     counts = ' '.join(f'{n}x{did.count(n)}' for n in dict.fromkeys(did)) or 'nothing'
     status = 'failed' if 'error' in ended else 'done' if did else 'unchanged'
     notes = ended.get('error') or '; '.join(record['notes'])
-    return time.strftime('%Y-%m-%d %H:%M:%S'), job.name, status, f'{ended["seconds"]:.1f}', counts, f'{notes} {ended.get("trace", "")}'.strip()
+    notes = f'{notes} {ended.get("trace", "")}'.strip()
+    return time.strftime('%Y-%m-%d %H:%M:%S'), job.name, status, f'{ended["seconds"]:.1f}', counts, notes
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8ca061cd
+# %% ../../nbs/2_data/23_prepare.ipynb #7ca436b7
 def _scaled(records, trained):
     "Every record's intensities as dicts; mean_max gets the largest ratio among training subjects, as SynDiff does"
     scale = {}
@@ -533,15 +559,16 @@ def _scaled(records, trained):
         return dict(out, high=i['high']/i['ratio']*scale.get(m, i['ratio'])) if i['kind'] == 'mean_max' else out
     return {n: {m: final(m, i) for m, i in r['intensity'].items()} for n, r in records.items()}
 
+# %% ../../nbs/2_data/23_prepare.ipynb #51ca57ff
 def _described(cohort, job, records, failures):
     "The info of the prepared cohort, ready for JSON"
     kept = {k: v for k, v in cohort.info.items() if k in ('simulated', 'notice', 'pattern', 'layout', 'paper_split')}
     pick = lambda key: {n: r[key] for n, r in records.items() if r[key]}
     return dict(kept, preparation=dict(steps=asdict(job.steps), reference=job.reference, version=VERSION), geometry=pick('geometry'),
         registration=pick('registration'), shifts=pick('shifts'), failed=failures,
-        grids={n: dict(shape=r['geometry']['size']) for n, r in records.items()})
+        grids=pick('grid'))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0f8e0cfc
+# %% ../../nbs/2_data/23_prepare.ipynb #e1e80cd7
 def _assembled(cohort, jobs, records, failures, out):
     "The Cohort of what was written"
     trained = [j.name for j in jobs if j.subject.split == 'train' and j.name in records]
@@ -556,16 +583,19 @@ def _assembled(cohort, jobs, records, failures, out):
     info = dict(_described(cohort, jobs[0], records, failures), sha256=hashes)
     return Cohort(subjects, tuple(m for m in cohort.modalities if any(m in s.paths for s in subjects)), out, info)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #71e38a65
+# %% ../../nbs/2_data/23_prepare.ipynb #3571e617
 def _jobs(cohort, steps, out, reference):
     "One Job per subject; CohortError where two would share a folder"
     hashes, taken = file_hashes(cohort), {}
-    jobs = [Job(s, {n: hashes[_key(p, cohort.root)] for n, p in s.paths.items()}, cohort.modalities, reference, steps, out) for s in cohort.subjects]
+    keys = [{n: hashes[_key(p, cohort.root)] for n, p in s.paths.items()} for s in cohort.subjects]
+    jobs = [Job(s, k, cohort.modalities, reference, steps, out) for s, k in zip(cohort.subjects, keys, strict=True)]
     for j in jobs:
-        if (other := taken.setdefault(_stem(j.name).lower(), j.name)) != j.name: raise CohortError('folders of subjects', given=f'{other} and '
-            f'{j.name}, both {_stem(j.name)}', expected='names that differ in letters or digits', hint='Rename one patient.')
+        other = taken.setdefault(_stem(j.name).lower(), j.name)
+        if other != j.name: raise CohortError('folders of subjects', given=f'{other} and {j.name}, both {_stem(j.name)}',
+            expected='names that differ in letters or digits', hint='Rename one patient.')
     return jobs
 
+# %% ../../nbs/2_data/23_prepare.ipynb #2a11509f
 def prepare_cohort(
     cohort,             # a Cohort
     out,                # folder for volumes, cache, log and pictures
@@ -586,12 +616,12 @@ def prepare_cohort(
         if progress: progress(count, len(jobs), line)
         if 'error' in ended: failures[jobs[k].name] = ended['error']
         else: records[jobs[k].name] = ended['result'][0]
-    if not records: raise CohortError('preparation', given=f'{len(failures)} of {len(jobs)} subjects failed, {next(iter(failures.values()))}',
-        expected='one that succeeds', hint='See the log for the others.')
+    if not records: raise CohortError('preparation', given=f'{len(failures)} of {len(jobs)} failed, {next(iter(failures.values()))}',
+        expected='one that succeeds', hint=f'See {out/"log.csv"}.')
     in_order = {j.name: records[j.name] for j in jobs if j.name in records}
     return Prepared(_assembled(cohort, jobs, in_order, dict(sorted(failures.items())), out), failures, in_order)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #20a8ef31
+# %% ../../nbs/2_data/23_prepare.ipynb #5f122f6d
 def look_at_subject(
     job,                # Job; nothing is written
 ):
@@ -602,6 +632,7 @@ def look_at_subject(
     measured = {m: _shift(images[first].volume, p.volume) for m, p in images.items() if m != first}
     return dict(shifts=measured, notes=list(_notes(job, {}, measured, 0))), []
 
+# %% ../../nbs/2_data/23_prepare.ipynb #e1ddbe6c
 def look_at_cohort(
     cohort,             # a Cohort
     *,

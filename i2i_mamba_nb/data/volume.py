@@ -976,7 +976,7 @@ def _text_of(header):
     if not isinstance(text, str): text = np.asarray(text).item().decode('utf-8', 'replace')
     return ' '.join(text.split())[:79]
 
-# %% ../../nbs/2_data/20_volume.ipynb #7efc3f86
+# %% ../../nbs/2_data/20_volume.ipynb #c6a46536
 def _nifti_header(data, affine, header, layout):
     "NIfTI header for voxels stored as `layout` at `affine`; geometry fields of a NIfTI `header` stay untouched where they say the same"
     import nibabel as nib
@@ -987,7 +987,9 @@ def _nifti_header(data, affine, header, layout):
     if not ours: h.set_xyzt_units('mm')
     if not ours: h['descrip'] = _text_of(header).encode()[:79]
     same = ours and np.array_equal(h.get_best_affine(), affine)
+    sizes = h['pixdim'].copy()
     h.set_data_dtype(layout.dtype), h.set_data_shape(data.shape)
+    h['pixdim'] = sizes
     as_before = ours and layout.dtype.newbyteorder('=') == _storage(header).dtype.newbyteorder('=')
     if not (as_before and header['scl_slope'] == 0): h['scl_slope'], h['scl_inter'] = layout.slope, layout.inter
     if not data.min() <= h['cal_min'] < h['cal_max'] <= data.max(): h['cal_max'], h['cal_min'] = 0, 0
