@@ -16,6 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from i2i_mamba_nb.app import cli
+from i2i_mamba_nb.data.cohort import read_manifest
+from i2i_mamba_nb.data.presets import preset
 from i2i_mamba_nb.data.volume import Volume, read_volume, write_volume
 
 MODALITIES = ('T1', 'T2', 'FLAIR')
@@ -215,6 +217,58 @@ def test_paths_that_are_not_there(tmp_path, say, monkeypatch, words, piece):
     one_sentence(status, err, piece)
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.parametrize('name,edition,sources,target', [('ixi-like', None, 'T1,T2', 'PD'), ('brats-like', '2020', 'T1,T2,T1POST', 'FLAIR'),
+    ('pelvis-like', None, 'T1,T2', 'CT'), ('synthrad-like', '2025', 'MR', 'CT')])
+def test_an_archive_becomes_a_cohort_that_trains(tmp_path, say, name, edition, sources, target):
+    raw = preset(name, subjects=4, edition=edition, **(dict(coarser=(5, 5, 4)) if name == 'ixi-like' else {})).write(tmp_path/'raw')
+    status, out, err = say('prepare', raw, '--fractions', '0.5', '0', '0.5', '--out', tmp_path/'out')
+    assert status == 0 and 'next: i2i-mamba train' in out, err
+    cohort = read_manifest(tmp_path/'out'/'manifest.csv')
+    assert cohort.info['simulated'] and {'train', 'test'} == {s.split for s in cohort.subjects}
+    page = (tmp_path/'out'/'manifest-page'/'report.html').read_text()
+    assert 'SIMULATED DATA' in page and page.count('<img') >= 1+(name == 'ixi-like')
+    words = ['--sources', sources, '--target', target, '--out', tmp_path/'run', '--preset', 'smoke', '--steps', 1]
+    status, out, err = say('train', tmp_path/'out'/'manifest.csv', *words)
+    assert status == 0 and (tmp_path/'run'/'weights.safetensors').exists(), err
+
+def test_steps_from_a_file_go_on_and_redo_only_what_depends(made, tmp_path, say):
+    (tmp_path/'steps.json').write_text('{"size": [16, 20], "slices": 5}')
+    words = ['prepare', made/'manifest.csv', '--steps', tmp_path/'steps.json', '--out', tmp_path/'out', '--workers', 1]
+    status, out, err = say(*words)
+    assert status == 0 and read_volume(tmp_path/'out'/'volumes'/'p1'/'T1.nii.gz').shape == (16, 20, 5), err
+    before = {p: p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file() and p.name != 'log.csv'}
+    assert say(*words)[0] == 0 and all(p.read_bytes() == b for p, b in before.items())
+    rows = list(csv.DictReader((tmp_path/'out'/'log.csv').open(newline='')))
+    assert [r['status'] for r in rows] == ['done']*4+['unchanged']*4
+    assert {s.patient: s.split for s in read_manifest(tmp_path/'out'/'manifest.csv').subjects} == dict(p1='train', p2='train', p3='validation', p4='test')
+
+def test_failed_subjects_are_listed_at_the_end(tmp_path, say):
+    folder = make_folder(tmp_path/'data')
+    assert say('prepare', folder)[0] == 0
+    (folder/'p2'/'T2.nii.gz').write_bytes(b'')
+    status, out, err = say('prepare', folder/'manifest.csv', '--steps', 'grid', '--out', tmp_path/'out')
+    one_sentence(status, err, 'p2: ', 'T2.nii.gz', '0 bytes', 'All others are in')
+    (tmp_path/'s.json').write_text('{"slices": 4}')
+    status, out, err = say('prepare', folder/'manifest.csv', '--steps', tmp_path/'s.json', '--out', tmp_path/'out')
+    one_sentence(status, err, 'p2: ', 'All others are in')
+    assert [s.patient for s in read_manifest(tmp_path/'out'/'manifest.csv').subjects] == ['p1', 'p3', 'p4']
+
+def test_private_stacks_become_a_cohort(tmp_path, say):
+    for m in ('T1', 'T2'):
+        data = np.stack([head(k, m).data[:, :, 4].T for k in range(12)]).astype(np.float32)
+        (tmp_path/'stacks').mkdir(exist_ok=True)
+        np.save(tmp_path/'stacks'/f'{m}.npy', data)
+    status, out, err = say('prepare', tmp_path/'stacks', '--slices-per-patient', 3, '--fractions', .5, .25, .25)
+    assert status == 0, err
+    cohort = read_manifest(tmp_path/'stacks-prepared'/'manifest.csv')
+    assert len(cohort.subjects) == 4 and read_volume(cohort.subjects[0].paths['T1']).shape == (22, 26, 3)
+
+def test_a_papers_split(tmp_path, say):
+    raw = preset('pelvis-like', subjects=2).write(tmp_path/'raw')
+    status, out, err = say('prepare', raw, '--paper-split', 'i2i-mamba-pelvis')
+    one_sentence(status, err, '15 (9, 2, 4)')
+    one_sentence(*say('prepare', raw, '--paper-split', 'i2i-mamba-ixy')[::2], 'i2i-mamba-ixi')
+
 def test_splits_by_name(made, tmp_path, say):
     words = 'prepare', made, '--out', tmp_path/'m.csv'
     for more, piece in ((('--train', 'p1', '--test', 'p1'), 'two splits'), (('--test', 'p9'), 'p9'),
@@ -256,7 +310,7 @@ def test_no_permission(made, tmp_path):
 
 def test_defects_are_not_hidden(say, monkeypatch):
     def broken(*a, **k): raise RuntimeError('a defect of ours')
-    monkeypatch.setattr(cli, 'proposed_cohort', broken)
+    monkeypatch.setattr(cli, 'found_cohort', broken)
     with pytest.raises(RuntimeError, match='a defect of ours'): cli.main(['prepare', 'x'])
 
 def test_debug_shows_the_trace(tmp_path):

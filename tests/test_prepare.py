@@ -271,25 +271,30 @@ if __name__ == '__main__':
         progress=lambda done, *_: print(done, flush=True))
 """
 
-@pytest.mark.parametrize('workers,after', [(1, 1), (2, 0), (2, 2)])
-def test_a_killed_run_goes_on_with_identical_bytes(tmp_path, workers, after):
-    cohort = study(tmp_path/'raw', patients='abcd', affines=OTHER)
-    manifest = write_manifest(tmp_path/'raw'/'m.csv', cohort)
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "(manifest, bytes of a preparation that nobody interrupted)"
+    folder = tmp_path_factory.mktemp('whole')
+    manifest = write_manifest(folder/'raw'/'m.csv', study(folder/'raw', affines=OTHER))
+    prepare_cohort(read_manifest(manifest), folder/'out', Steps(n4=('*',), size=(36, 40)), workers=1)
+    return manifest, content(folder/'out')
+
+@pytest.mark.parametrize('workers,after', [(1, 1), (2, 0), (2, 1)])
+def test_a_killed_run_goes_on_with_identical_bytes(whole, tmp_path, workers, after):
     (tmp_path/'run.py').write_text(KILLED)
-    words = [sys.executable, str(tmp_path/'run.py'), str(manifest), str(tmp_path/'out'), str(workers)]
+    words = [sys.executable, str(tmp_path/'run.py'), str(whole[0]), str(tmp_path/'out'), str(workers)]
     running = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(after): running.stdout.readline()
-    time.sleep(1.5 if after else 6)
+    while not after and not list((tmp_path/'out').glob('cache/register-*')): time.sleep(.05)
+    time.sleep(.3)
     running.kill()
     running.wait()
     for _ in range(60):         # workers notice that their parent is gone
         if not alive(running.pid): break
         time.sleep(.25)
-    assert not alive(running.pid)
-    prepare_cohort(read_manifest(manifest), tmp_path/'out', Steps(n4=('*',), size=(36, 40)), workers=1)
-    prepare_cohort(read_manifest(manifest), tmp_path/'whole', Steps(n4=('*',), size=(36, 40)), workers=1)
-    assert content(tmp_path/'out') == content(tmp_path/'whole')
-    assert not [p for p in (tmp_path/'out').rglob('.part-*') if p.parent.name == 'volumes']
+    assert not alive(running.pid) and content(tmp_path/'out') != whole[1]
+    prepare_cohort(read_manifest(whole[0]), tmp_path/'out', Steps(n4=('*',), size=(36, 40)), workers=1)
+    assert content(tmp_path/'out') == whole[1]
 
 def alive(group):
     "Whether any process of a session is left"

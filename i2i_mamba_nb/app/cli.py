@@ -170,7 +170,7 @@ def with_splits(
     splits = named_splits(sorted({s.patient for s in cohort.subjects}), named)
     return replace(cohort, subjects=tuple(replace(s, split=splits[s.patient]) for s in cohort.subjects)) if splits else cohort
 
-# %% ../../nbs/8_app/89_cli.ipynb #7fa7012e
+# %% ../../nbs/8_app/89_cli.ipynb #46700a9b
 def found_cohort(
     source,         # folder, or manifest
     home,           # folder for volumes that are made of .mat, .png or .npy files
@@ -189,7 +189,7 @@ def found_cohort(
         return read_manifest(import_folder(source, home, slices_per_patient=per_patient))
     named = any(options[k] for k in ('train', 'validation', 'test', 'paper_split'))
     fractions = (1., 0., 0.) if named else options['fractions']
-    return propose_manifest(source, pattern, layout=layout, fractions=fractions, seed=options['seed'])
+    return propose_manifest(source, pattern, layout=layout, fractions=fractions, seed=options['seed'], skip_damaged=True)
 
 # %% ../../nbs/8_app/89_cli.ipynb #82c3a7d5
 def cohort_text(
@@ -230,7 +230,7 @@ PREPARE = {
     'look': (bool, True, 'Measure the shift between modalities.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #ea9367b6
+# %% ../../nbs/8_app/89_cli.ipynb #d84d2e8c
 def _bar(work):
     "A function that moves a progress bar over subjects; on the main process of a terminal only"
     from tqdm.auto import tqdm
@@ -251,7 +251,7 @@ def manifest_place(
     folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
     return (folder.with_name(folder.name+'-prepared') if made else folder)/('manifest.csv' if source.is_dir() or made else source.name)
 
-# %% ../../nbs/8_app/89_cli.ipynb #c053ad67
+# %% ../../nbs/8_app/89_cli.ipynb #063ffcdf
 def prepared(
     cohort,         # a Cohort
     steps,          # a name of STEPS, 'none', a JSON file, or None: what is needed
@@ -262,16 +262,16 @@ def prepared(
 ):
     "(cohort, dict subject -> what failed, path of the manifest)"
     from i2i_mamba_nb.data.prepare import look_at_cohort, needs_work, prepare_cohort, read_steps
-    chosen = None if steps == 'none' else read_steps(steps or 'grid')
+    chosen, before = None if steps == 'none' else read_steps(steps or 'grid'), cohort.info.get('failed', {})
     if chosen is not None and needs_work(cohort, chosen):
         path = place(True)
         done = prepare_cohort(cohort, path.parent, chosen, workers=workers, progress=_bar('prepare'))
-        return done.cohort, done.failures, path
+        return done.cohort, before | done.failures, path
     if look: cohort, failures = look_at_cohort(cohort, workers=workers, progress=_bar('look'))
     else: failures = {}
-    return cohort, failures, place(False)
+    return cohort, before | failures, place(False)
 
-# %% ../../nbs/8_app/89_cli.ipynb #2d728109
+# %% ../../nbs/8_app/89_cli.ipynb #702a310e
 @app.command()
 @with_options(PREPARE)
 def prepare(
@@ -306,14 +306,14 @@ def prepare(
     *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
     if sources: typer.echo(f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #2f72c4fa
+# %% ../../nbs/8_app/89_cli.ipynb #33957760
 def check_failures(failures, path):
     "CohortError that lists every subject that failed, where there is one"
     from i2i_mamba_nb.core import CohortError
     if failures: raise CohortError(f'{len(failures)} subjects', given='; '.join(f'{n}: {e}' for n, e in failures.items()),
         expected='files that can be prepared', hint=f'All others are in {path}.')
 
-# %% ../../nbs/8_app/89_cli.ipynb #af813e58
+# %% ../../nbs/8_app/89_cli.ipynb #e3d963d3
 SHORT = {
     'preset': (str, 'laptop', 'Scale of network and training: smoke, laptop or paper.'),
     'network': (str, 'i2i_mamba', 'Registered generator, see doctor.'),
@@ -323,7 +323,7 @@ SHORT = {
     'seed': (int, 0, 'Of weights, order and crops.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #7552e766
+# %% ../../nbs/8_app/89_cli.ipynb #1d22d4b2
 def run_config(
     sources,        # modalities that go in, with commas
     target,         # modality that comes out
@@ -347,7 +347,7 @@ def run_config(
         asked['network_args'] = switches[ablation] | asked.get('network_args', {})
     return preset_config(asked.pop('preset'), **asked)
 
-# %% ../../nbs/8_app/89_cli.ipynb #987cf7e9
+# %% ../../nbs/8_app/89_cli.ipynb #a54a5deb
 def _main_process(): "Is this the first of several processes, or the only one?"; return os.environ.get('RANK', '0') == '0'
 
 @contextlib.contextmanager
@@ -366,7 +366,7 @@ def remembered(
             with contextlib.suppress(OSError): note.unlink()
             with contextlib.suppress(OSError): was or Path(out).rmdir()
 
-# %% ../../nbs/8_app/89_cli.ipynb #0d31e7db
+# %% ../../nbs/8_app/89_cli.ipynb #30eea7b9
 def check_buildable(config):
     "Refuse unknown settings of networks and recipe before any volume is read; nothing is allocated. Raises ConfigError"
     import torch
@@ -374,7 +374,7 @@ def check_buildable(config):
     from i2i_mamba_nb.engine.train import build_recipe
     with torch.device('meta'): build_recipe(config)
 
-# %% ../../nbs/8_app/89_cli.ipynb #dc24eb23
+# %% ../../nbs/8_app/89_cli.ipynb #82a34a36
 def train_run(
     config,         # a TrainConfig
     manifest,       # path
@@ -397,7 +397,7 @@ def train_run(
         typer.echo(f'{done["steps"]} steps in {done["seconds"]:.0f} s, weights in {Path(out)/"weights.safetensors"}')
         typer.echo(f'next: i2i-mamba evaluate {out} {manifest}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #b4d68457
+# %% ../../nbs/8_app/89_cli.ipynb #063c02a4
 @app.command()
 @with_options(SHORT)
 def train(
@@ -424,7 +424,7 @@ def train(
     """
     train_run(run_config(sources, target, settings or (), **short), manifest, out)
 
-# %% ../../nbs/8_app/89_cli.ipynb #97bdda6d
+# %% ../../nbs/8_app/89_cli.ipynb #11aa470f
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help='Folder of a run that was interrupted.')],
@@ -443,7 +443,7 @@ def resume(
     config = from_dict(TrainConfig, read_json(run/'config.json'))
     train_run(config, manifest or read_json(run/'command.json')['manifest'], run)
 
-# %% ../../nbs/8_app/89_cli.ipynb #e816b905
+# %% ../../nbs/8_app/89_cli.ipynb #1d16fd14
 def source_paths(
     pairs,          # words NAME=path
     known,          # modalities that the run takes
@@ -467,7 +467,7 @@ def source_paths(
             hint=f'Add --source {lacking[0]}=file.nii.gz; the run was trained with it and has no substitute.')
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #c250e0ef
+# %% ../../nbs/8_app/89_cli.ipynb #68bbe48e
 def study_outputs(
     subjects,       # of a cohort
     target,         # modality that is made
@@ -477,7 +477,7 @@ def study_outputs(
     def name(s): return '_'.join(filter(None, (s.patient, s.session, f'synthetic-{target}')))
     return [(s, Path(folder)/f'{name(s)}.nii.gz') for s in subjects]
 
-# %% ../../nbs/8_app/89_cli.ipynb #0a447be4
+# %% ../../nbs/8_app/89_cli.ipynb #1335f656
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -504,7 +504,7 @@ def predict(
             expected='--source NAME=PATH ... --out FILE, or MANIFEST --out FOLDER', hint='See i2i-mamba predict --help.')
     for path in predict_files(run, source, out) if source else predict_split(run, manifest, split, out): typer.echo(f'wrote {path}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #595455a8
+# %% ../../nbs/8_app/89_cli.ipynb #7889a0be
 def predict_files(run, source, out):
     "Synthesise from files; yields the path written"
     from i2i_mamba_nb.engine.predict import load_run, predict_subject
@@ -512,7 +512,7 @@ def predict_files(run, source, out):
     predict_subject(run, source_paths(source, list(run.config.sources)), out, progress=_main_process())
     yield out
 
-# %% ../../nbs/8_app/89_cli.ipynb #376da7f4
+# %% ../../nbs/8_app/89_cli.ipynb #3ea3a7e0
 def predict_split(run, manifest, split, out):
     "Synthesise every subject of a split; yields the paths written"
     from i2i_mamba_nb.data.cohort import read_manifest, require
@@ -523,7 +523,7 @@ def predict_split(run, manifest, split, out):
         predict_subject(run, {m: subject.paths[m] for m in sources}, path, progress=_main_process())
         yield path
 
-# %% ../../nbs/8_app/89_cli.ipynb #3a1ff45a
+# %% ../../nbs/8_app/89_cli.ipynb #c9c0e2e7
 def baselines_of(
     cohort,         # a Cohort
     sources,        # modalities
@@ -536,7 +536,7 @@ def baselines_of(
     made = fit_copy(cohort, sources, target), fit_mean_image(cohort, sources, target), fit_pixel_mlp(cohort, sources, target, seed=seed)
     return {b.name: b for b in made}
 
-# %% ../../nbs/8_app/89_cli.ipynb #2960a796
+# %% ../../nbs/8_app/89_cli.ipynb #7587d8a3
 def evaluate_run(folder, manifest, split, out, baselines):
     "(Assessment, path of the page) of a run on a split. Raises I2IError"
     from i2i_mamba_nb.app.report import assess, evaluation_page
@@ -555,7 +555,7 @@ def evaluate_run(folder, manifest, split, out, baselines):
     log = {run.config.network: Path(folder)/'log.csv'} if (Path(folder)/'log.csv').exists() else {}
     return found, evaluation_page(out, title, found, facts, logs=log, files={'card.json': 'protocol, versions, settings'})
 
-# %% ../../nbs/8_app/89_cli.ipynb #4bc949ae
+# %% ../../nbs/8_app/89_cli.ipynb #a4461f0d
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -578,11 +578,11 @@ def evaluate(
     if baselines and len(found.summary) == 1: typer.echo('no training subject in the manifest: baselines left out', err=True)
     typer.echo(f'{columns_text(results_rows(found.summary))}\nwrote {page}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #171dba60
+# %% ../../nbs/8_app/89_cli.ipynb #01a0ebc2
 PACKAGES = ('numpy', 'scipy', 'einops', 'safetensors', 'nibabel', 'SimpleITK', 'scikit-image', 'scikit-learn', 'nilearn', 'pandas',
     'matplotlib', 'accelerate', 'triton', 'mamba-ssm')
 
-# %% ../../nbs/8_app/89_cli.ipynb #4f72b6a0
+# %% ../../nbs/8_app/89_cli.ipynb #2d4fe47c
 def _package_versions():
     "dict package -> version, or 'not installed'"
     from importlib import metadata
@@ -594,7 +594,7 @@ def _package_versions():
         except metadata.PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #f6911940
+# %% ../../nbs/8_app/89_cli.ipynb #13a6aa8f
 def _machine():
     "dict: what the computer has"
     import psutil
@@ -607,7 +607,7 @@ def _machine():
         memory=f'{memory.total/gb:.1f} GB, {memory.available/gb:.1f} GB free', accelerator=', '.join(gpu) or 'none',
         disk=f'{free_bytes(Path.cwd())/gb:.1f} GB free here')
 
-# %% ../../nbs/8_app/89_cli.ipynb #685553db
+# %% ../../nbs/8_app/89_cli.ipynb #e079acfb
 def template_file():
     "Path of the MNI152 template inside nilearn, or None"
     from importlib.util import find_spec
@@ -615,7 +615,7 @@ def template_file():
     folder = Path(spec.origin).parent/'datasets'/'data' if spec else None
     return next(iter(sorted(folder.glob('*t1*nii.gz'))), None) if folder else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #a067edcb
+# %% ../../nbs/8_app/89_cli.ipynb #83dd4eba
 def diagnosis():
     "dict section -> dict name -> state: what works here"
     from i2i_mamba_nb.core import networks, recipes
@@ -626,11 +626,11 @@ def diagnosis():
     return {'versions': _package_versions(), 'machine': _machine(), 'scan backends': scans, 'registry': records,
         'data': {'template': str(found) if found else 'missing: pip install --force-reinstall nilearn'}}
 
-# %% ../../nbs/8_app/89_cli.ipynb #224ddf0e
+# %% ../../nbs/8_app/89_cli.ipynb #97a4dbe9
 def diagnosis_text(sections): "A diagnosis as indented lines"; return '\n'.join(
     f'{title}\n' + '\n'.join(f'  {k:<16} {v}' for k, v in entries.items()) for title, entries in sections.items())
 
-# %% ../../nbs/8_app/89_cli.ipynb #e0400750
+# %% ../../nbs/8_app/89_cli.ipynb #b4b611e4
 @app.command()
 def doctor():
     """Say what works on this machine.
@@ -647,7 +647,7 @@ def doctor():
         typer.echo('something that is needed is missing, see above', err=True)
         raise typer.Exit(2)
 
-# %% ../../nbs/8_app/89_cli.ipynb #52c8834d
+# %% ../../nbs/8_app/89_cli.ipynb #ea8d187b
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help='Folder for everything; the cohort in it is used again.')] = Path('out'),
@@ -672,5 +672,5 @@ def demo(
         raise typer.Exit(130) from None
     typer.echo(next_steps(page))
 
-# %% ../../nbs/8_app/89_cli.ipynb #528bd350
+# %% ../../nbs/8_app/89_cli.ipynb #44d86264
 if __name__ == '__main__' and globals().get('__package__') == 'i2i_mamba_nb.app': sys.exit(main())

@@ -301,19 +301,23 @@ def _grid_info(subject):
     extra = dict(other={m: _grid_dict(grids[m]) for m in other}) if other else {}
     return {**_grid_dict(first), **extra}, other, any(map(_is_simulated, grids.values()))
 
-# %% ../../nbs/2_data/25_archives.ipynb #0ea9956f
-def _describe(subjects, modalities, folder):
-    "What a reader of the manifest must know: simulated or not, grids, files off their subject's grid, modalities that subjects lack"
-    info = dict(simulated=False, grids={}, mismatched={}, missing={})
+# %% ../../nbs/2_data/25_archives.ipynb #59cbef67
+def _describe(subjects, modalities, folder, skip):
+    "What a reader of the manifest must know: simulated or not, grids, files off their subject's grid, modalities lacked, who failed"
+    info = dict(simulated=False, grids={}, mismatched={}, missing={}, failed={})
     for s in subjects:
-        info['grids'][s.key], other, simulated = _grid_info(s)
+        try: info['grids'][s.key], other, simulated = _grid_info(s)
+        except VolumeError as e:
+            if not skip: raise
+            info['failed'][s.key] = str(e)
+            continue
         info['simulated'] |= simulated
         names = [next(iter(s.paths)), *other]
         if other: info['mismatched'][s.key] = [s.paths[m].relative_to(folder).as_posix() for m in names]
         if lacks := [m for m in modalities if m not in s.paths]: info['missing'][s.key] = lacks
     return info
 
-# %% ../../nbs/2_data/25_archives.ipynb #ddc4524c
+# %% ../../nbs/2_data/25_archives.ipynb #829ac17d
 def propose_manifest(
     folder,                     # where the volumes are
     pattern=None,               # e.g. '{patient}/{modality}_N4*.nii.gz'; all layouts are tried by default
@@ -322,6 +326,7 @@ def propose_manifest(
     splits=None,                # dict patient -> train, validation or test; drawn by default
     fractions=(.7, .1, .2),     # shares of the splits when drawn
     seed=0,                     # of the draw
+    skip_damaged=False,         # leave out subjects with a damaged header, listed in info['failed'], instead of raising
 ):
     "Cohort of a folder: headers read, files hashed, nothing processed. Raises CohortError, ConfigError, VolumeError"
     if None not in (pattern, layout): raise ConfigError('pattern and layout', given='both', expected='one of them', hint='Drop one.')
@@ -337,10 +342,13 @@ def propose_manifest(
         for (p, session), (paths, sites) in sorted(groups.items(), key=lambda g: [natural_key(k) for k in g[0]]))
     modalities = tuple(sorted({m for s in subjects for m in s.paths}-set(LABELS)))
     left = sorted([v for v in where if v not in matches]+rest)
-    info = dict(layout=layout, pattern=' | '.join(used), unmatched=left, **_describe(subjects, modalities, folder))
-    return check_leakage(Cohort(subjects, modalities, folder, info))
+    info = dict(layout=layout, pattern=' | '.join(used), unmatched=left, **_describe(subjects, modalities, folder, skip_damaged))
+    sound = tuple(s for s in subjects if s.key not in info['failed'])
+    if not sound: raise CohortError(f'folder {folder}', given=next(iter(info['failed'].values())), expected='a subject that can be read',
+        hint='All subjects have such a file: look at how the folder was copied.')
+    return check_leakage(Cohort(sound, modalities, folder, info))
 
-# %% ../../nbs/2_data/25_archives.ipynb #1cbc46f1
+# %% ../../nbs/2_data/25_archives.ipynb #f9b1a434
 class PaperSplit(NamedTuple):
     "The patients of a paper, as far as it tells them"
     paper: str          # whose
@@ -355,7 +363,7 @@ ORDER = 'the first patients in natural order'
 CHOICE = ORDER+' (choice: the paper names none)'
 BRATS, IXI = ('T1', 'T2', 'T1POST', 'FLAIR'), ('T1', 'T2', 'PD')
 
-# %% ../../nbs/2_data/25_archives.ipynb #9d287b97
+# %% ../../nbs/2_data/25_archives.ipynb #643134ef
 PAPER_SPLITS = {
     'i2i-mamba-ixi': PaperSplit('I2I-Mamba', 'ixi', IXI, (25, 10, 18), 100, ORDER+' (its README: sequentially)',
         'Section III-B: 53 subjects, split (25, 10, 18), 100 cross-sections each'),
@@ -374,7 +382,7 @@ PAPER_SPLITS = {
         'Section 4.1: 6000 slices, 70 %, 10 % and 20 % at random'),
 }
 
-# %% ../../nbs/2_data/25_archives.ipynb #e150ff75
+# %% ../../nbs/2_data/25_archives.ipynb #a6fbeb78
 PAPER_SPLITS |= {
     'cravim-ixi': PaperSplit('CRAViM', 'ixi', ('T1', 'T2'), (25, 5, 10), None, CHOICE, 'Section 3.1: by patient, 25:5:10'),
     'cravim-brats2018': PaperSplit('CRAViM', 'brats2018', ('T1', 'T2'), (25, 5, 10), None, CHOICE, 'Section 3.1: by patient, 25:5:10'),
@@ -383,7 +391,7 @@ PAPER_SPLITS |= {
     'cola-diff-ixi': PaperSplit('CoLa-Diff', 'ixi', IXI, (140, 25, 35), None, CHOICE, 'Section 3.1: 200 subjects, (140:25:35)'),
 }
 
-# %% ../../nbs/2_data/25_archives.ipynb #74f85166
+# %% ../../nbs/2_data/25_archives.ipynb #7631db61
 def paper_split(
     cohort,             # a Cohort; its own splits are forgotten
     name,               # one of PAPER_SPLITS
@@ -405,7 +413,7 @@ def paper_split(
     info = {**cohort.info, **facts, 'paper_split': dict(name=name, left_out=left, **record._asdict())}
     return check_leakage(Cohort(subjects, cohort.modalities, cohort.root, info))
 
-# %% ../../nbs/2_data/25_archives.ipynb #85bdcef0
+# %% ../../nbs/2_data/25_archives.ipynb #578aa301
 def _grid_table(cohort):
     "Rows of distinct grids, the most frequent first"
     known = cohort.info.get('grids') or {s.key: _grid_info(s)[0] for s in cohort.subjects if s.paths}
@@ -417,7 +425,7 @@ def _grid_table(cohort):
     table = [dict(shape=a, spacing=b, orientation=c, subjects=len(keys)) for (a, b, c), keys in rows.items()]
     return sorted(table, key=lambda r: (-r['subjects'], r['shape'], r['spacing'], r['orientation']))
 
-# %% ../../nbs/2_data/25_archives.ipynb #ad4cb092
+# %% ../../nbs/2_data/25_archives.ipynb #a8bcae4b
 def _split_row(split, subjects):
     "Counts of one split"
     volumes = sum(len(s.paths) for s in subjects)
@@ -433,7 +441,7 @@ def _missing_row(subject, names):
     "What a subject lacks"
     return dict(patient=subject.patient, session=subject.session, split=subject.split, missing=', '.join(names))
 
-# %% ../../nbs/2_data/25_archives.ipynb #101fe503
+# %% ../../nbs/2_data/25_archives.ipynb #1c53deb0
 def _columns(cohort):
     "Images, then labels"
     return list(dict.fromkeys([*cohort.modalities, *(m for s in cohort.subjects for m in s.paths)]))
@@ -446,7 +454,7 @@ def cohort_summary(
     return dict(splits=[_split_row(k, cohort.split(k)) for k in SPLITS], modalities=[_modality_row(cohort, m) for m in _columns(cohort)],
         missing=[_missing_row(s, lacks[s.key]) for s in cohort.subjects if lacks[s.key]], grids=_grid_table(cohort))
 
-# %% ../../nbs/2_data/25_archives.ipynb #c7d4284e
+# %% ../../nbs/2_data/25_archives.ipynb #79796828
 def _slice_at(path, height):
     "(axial picture nearest to a height in mm, height of a pixel over its width, height of the volume's centre)"
     volume = to_canonical(read_volume(path))[0]
@@ -456,7 +464,7 @@ def _slice_at(path, height):
     k = int(np.clip(round((volume.shape[2]-1)/2+step), 0, volume.shape[2]-1))
     return slice_view(volume.data, 2, k), size[1]/size[0], centre[2]
 
-# %% ../../nbs/2_data/25_archives.ipynb #c38b968a
+# %% ../../nbs/2_data/25_archives.ipynb #cc0e14cf
 def _sheet_panel(ax, subject, name, height):
     "Draw one volume, or say why not; the height of its centre is returned"
     ax.set_xticks([]), ax.set_yticks([])
@@ -468,14 +476,14 @@ def _sheet_panel(ax, subject, name, height):
     ax.imshow(picture, cmap='gray', vmin=low, vmax=high if high > low else low+1, aspect=aspect, interpolation='nearest')
     return centre if height is None else height
 
-# %% ../../nbs/2_data/25_archives.ipynb #a8eed17d
+# %% ../../nbs/2_data/25_archives.ipynb #783a7982
 def _shown(cohort, n):
     "n subjects, spread evenly over the splits in natural order"
     if not cohort.subjects: raise CohortError('cohort', given='no subject', expected='one or more', hint='Look at the manifest.')
     people = sorted(cohort.subjects, key=lambda s: (SPLITS.index(s.split), natural_key(s.key)))
     return [people[k] for k in sorted(set(np.linspace(0, len(people)-1, min(n, len(people))).round().astype(int)))]
 
-# %% ../../nbs/2_data/25_archives.ipynb #26b04a65
+# %% ../../nbs/2_data/25_archives.ipynb #5cfea5eb
 def contact_sheet(
     cohort,             # a Cohort
     *,

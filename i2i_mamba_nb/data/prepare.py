@@ -4,9 +4,9 @@
 __all__ = ['REGISTER', 'BRAIN', 'REFERENCES', 'STEPS', 'VERSION', 'LIBRARIES', 'VOLUMES', 'FACTS', 'SHIFT', 'BASE', 'PER_VOXEL',
            'HEAD', 'Steps', 'read_steps', 'content_key', 'Made', 'recall', 'Part', 'Job', 'align', 'choose_reference',
            'needs_work', 'Geometry', 'into_frame', 'out_of_frame', 'best_slices', 'frame_of', 'prepare_subject',
-           'worker_count', 'run_jobs', 'Prepared', 'prepare_cohort', 'look_at_subject', 'look_at_cohort']
+           'worker_count', 'one_thread', 'run_jobs', 'Prepared', 'prepare_cohort', 'look_at_subject', 'look_at_cohort']
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5d10b956
+# %% ../../nbs/2_data/23_prepare.ipynb #4813b0dc
 import contextlib
 import csv
 import hashlib
@@ -30,8 +30,8 @@ from i2i_mamba_nb.core import (CohortError, ConfigError, DiskError, I2IError, Sh
 from .archives import _grid_dict
 from .cohort import Cohort, Subject, _key, file_hashes
 from .register import Registration, brain_mask, n4, register, resample, tissue_classes
-from i2i_mamba_nb.data.volume import (Volume, crop, from_canonical, read_grid, read_volume, same_grid, to_canonical, uncrop,
-    write_volume)
+from .volume import (MAX_VOXELS, Volume, VolumeError, crop, from_canonical, read_grid, read_volume, same_grid,
+    to_canonical, uncrop, write_volume)
 from ..measure.alignment import shift_between
 from ..measure.intensity import KINDS, fit_intensity, fit_scale, intensity_from
 from ..measure.metrics import head_mask
@@ -89,9 +89,9 @@ def read_steps(
             hint='See STEPS for examples.')
     return from_dict(Steps, settings)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #65b1733e
+# %% ../../nbs/2_data/23_prepare.ipynb #b9400e05
 VERSION = 1                 # of the steps below: with another number nothing old is used
-LIBRARIES = dict(register='SimpleITK', n4='SimpleITK', brain='SimpleITK', tissue='scikit-learn')
+LIBRARIES = dict(register='SimpleITK', n4='SimpleITK', brain='SimpleITK', tissue='SimpleITK')
 
 # %% ../../nbs/2_data/23_prepare.ipynb #a8763a85
 def content_key(
@@ -133,13 +133,13 @@ def recall(
     write(path, make())
     return Made(key, read(path), True)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #d4aff2e8
+# %% ../../nbs/2_data/23_prepare.ipynb #7b9e8c1d
 class Part(NamedTuple):
     "A volume on its way through the steps"
     key: str            # content key
     volume: Volume      # in canonical orientation
 
-# %% ../../nbs/2_data/23_prepare.ipynb #fd53ed7d
+# %% ../../nbs/2_data/23_prepare.ipynb #3e64b042
 class Job(NamedTuple):
     "One subject's work, complete in itself, so that any process can do it"
     subject: Subject
@@ -152,7 +152,7 @@ class Job(NamedTuple):
     @property
     def name(self): "Patient and session"; return self.subject.key
 
-# %% ../../nbs/2_data/23_prepare.ipynb #46b85f8b
+# %% ../../nbs/2_data/23_prepare.ipynb #023ed0c1
 def _is_ct(modality): return modality.upper() == 'CT'
 def _images(job): return [m for m in job.modalities if m in job.subject.paths]
 def _chosen(names, job): return [m for m in _images(job) if not _is_ct(m) and (m in names or '*' in names)]
@@ -161,7 +161,7 @@ def _sources(job):
     "Every file of a subject in canonical orientation, keyed by its bytes"
     return {m: Part(job.hashes[m], to_canonical(read_volume(p))[0]) for m, p in job.subject.paths.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #d9555aa3
+# %% ../../nbs/2_data/23_prepare.ipynb #34a52e3c
 def _fit(job, fixed, moving, did):
     "Registration of one image onto the reference, found or computed"
     def make(): f = register(fixed.volume, moving.volume); return dict(f._asdict(), matrix=np.asarray(f.matrix).tolist())
@@ -169,7 +169,7 @@ def _fit(job, fixed, moving, did):
     did += ['register']*made.fresh
     return Registration(**dict(made.value, matrix=np.array(made.value['matrix'])))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #954c0a77
+# %% ../../nbs/2_data/23_prepare.ipynb #6170f91d
 def _fits(job, parts, did):
     "modality -> Registration of each image that needs one"
     fixed, found = parts[job.reference], {}
@@ -181,7 +181,7 @@ def _fits(job, parts, did):
         found[m] = fit
     return found
 
-# %% ../../nbs/2_data/23_prepare.ipynb #d1b16520
+# %% ../../nbs/2_data/23_prepare.ipynb #cd198c9f
 def _placed(part, fixed, matrix, label):
     "A part on the reference's grid; one that lies there already, and was not moved, is not touched"
     if matrix is None and same_grid(part.volume, fixed.volume): return part
@@ -189,7 +189,7 @@ def _placed(part, fixed, matrix, label):
     key = content_key('resample', [part.key, fixed.key], [order, None if matrix is None else np.asarray(matrix).tolist()])
     return Part(key, resample(part.volume, fixed.volume, matrix, order=order))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8eef8739
+# %% ../../nbs/2_data/23_prepare.ipynb #193fdaec
 def align(
     job,                # Job
     parts,              # name -> Part, as the files are
@@ -203,7 +203,7 @@ def align(
         return fits[home].matrix if home in fits else None
     return {n: _placed(p, fixed, matrix(n), n not in job.modalities) for n, p in parts.items()}, fits
 
-# %% ../../nbs/2_data/23_prepare.ipynb #a3fcc144
+# %% ../../nbs/2_data/23_prepare.ipynb #8ddcf524
 def choose_reference(
     cohort,             # a Cohort
     steps,              # Steps
@@ -217,27 +217,31 @@ def choose_reference(
         hint='Name it in the steps: those who lack it are listed as failed.')
     return next((m for m in (*REFERENCES, *shared) if m in shared))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c6f671e8
+# %% ../../nbs/2_data/23_prepare.ipynb #747ef1a7
 def needs_work(
     cohort,             # a Cohort
     steps,              # Steps
 ):
     "Whether any voxel would change: settings beyond the default, or a subject whose files lie on different grids"
     if replace(steps, reference='', intensity={}) != Steps(): return True
-    grids = ([read_grid(p) for p in s.paths.values()] for s in cohort.subjects)
-    return any(not same_grid(g[0], other) for g in grids for other in g[1:])
+    def differ(subject):
+        with contextlib.suppress(VolumeError):      # whoever cannot be read is listed by what follows
+            grids = [read_grid(p) for p in subject.paths.values()]
+            return any(not same_grid(grids[0], g) for g in grids[1:])
+        return False
+    return any(map(differ, cohort.subjects))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #af3704b9
+# %% ../../nbs/2_data/23_prepare.ipynb #b4c772b4
 def _clean(job, parts, did):
     "Parts with the bias field of the chosen MRI removed"
     out = dict(parts)
     for m in _chosen(job.steps.n4, job):
-        made = recall(job.out/'cache', 'n4', [parts[m].key], {}, lambda v=parts[m].volume: n4(v))
+        made = recall(job.out/'cache', 'n4', [parts[m].key], {}, lambda v=parts[m].volume: n4(v).volume)
         out[m] = Part(made.key, made.value)
         did += ['n4']*made.fresh
     return out
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2fe50f17
+# %% ../../nbs/2_data/23_prepare.ipynb #d1e57005
 def _like(values, volume): return Volume(values.astype(np.float32), volume.affine, None)
 
 def _brain(job, parts, did):
@@ -250,7 +254,7 @@ def _brain(job, parts, did):
     did += ['brain']*made.fresh
     return Part(made.key, made.value)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9d28f281
+# %% ../../nbs/2_data/23_prepare.ipynb #15944d98
 def _stripped(part, mask): return Part(content_key('strip', [part.key, mask.key], {}), part.volume._replace(
     data=np.where(mask.volume.data > .5, part.volume.data, 0).astype(np.float32)))
 
@@ -261,19 +265,19 @@ def _extracted(job, parts, did):
     strip = {m: _stripped(parts[m], mask) for m in _images(job) if not _is_ct(m)} if job.steps.brain == 'strip' else {}
     return {**parts, **strip, 'mask': mask}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #64082487
+# %% ../../nbs/2_data/23_prepare.ipynb #6c239519
 def _classified(job, parts, did):
     "Parts with label `tissue` where asked"
     chosen = _chosen(job.steps.tissue, job)
     if not chosen: return parts
     mask, keys = parts.get('mask'), [parts[m].key for m in chosen]
     inside = head_mask(parts[chosen[0]].volume.data) if mask is None else mask.volume.data > .5
-    def make(): return _like(tissue_classes({m: parts[m].volume.data for m in chosen}, inside)[0], parts[chosen[0]].volume)
+    def make(): return _like(tissue_classes({m: parts[m].volume for m in chosen}, inside)[0], parts[chosen[0]].volume)
     made = recall(job.out/'cache', 'tissue', [*keys, mask.key if mask else 'head'], dict(modalities=chosen), make)
     did += ['tissue']*made.fresh
     return {**parts, 'tissue': Part(made.key, made.value)}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #caf007b0
+# %% ../../nbs/2_data/23_prepare.ipynb #2d57ed26
 @dataclass(frozen=True)
 class Geometry:
     "Where a prepared grid lies in the file it was cut from, ready for JSON"
@@ -286,7 +290,7 @@ class Geometry:
         "(Volume of zeros in canonical orientation, orientation) of the file's whole grid"
         return to_canonical(Volume(np.broadcast_to(np.float32(0), tuple(self.shape)), np.array(self.affine)))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #57a4323b
+# %% ../../nbs/2_data/23_prepare.ipynb #06548088
 def into_frame(
     volume,             # Volume in canonical orientation, on the whole grid
     geometry,           # Geometry
@@ -296,7 +300,7 @@ def into_frame(
     "The part of a volume that lies in the frame. Raises VolumeError"
     return crop(volume, geometry.start, geometry.size, fill=fill)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3eb8b53b
+# %% ../../nbs/2_data/23_prepare.ipynb #c5f0dc5f
 def out_of_frame(
     array,              # (x, y, z) array of the frame's size, canonical axes
     geometry,           # Geometry, or what JSON made of it
@@ -311,7 +315,7 @@ def out_of_frame(
     full = uncrop(np.asarray(array), geometry.start, whole.shape, fill=fill)
     return Volume(from_canonical(full, ornt), np.array(geometry.affine, float))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #463ea362
+# %% ../../nbs/2_data/23_prepare.ipynb #774541fc
 def best_slices(
     mask,               # (x, y, z) bool
     n,                  # how many neighbouring slices
@@ -322,7 +326,7 @@ def best_slices(
     total = np.concatenate([[0], np.cumsum(area)])
     return int(np.argmax(total[n:]-total[:-n]))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #98d39e09
+# %% ../../nbs/2_data/23_prepare.ipynb #c71b3531
 def frame_of(
     mask,               # (x, y, z) bool: the head, canonical orientation
     steps,              # Steps
@@ -336,16 +340,16 @@ def frame_of(
         start[axis] = int(inside[0]+inside[-1]+1-size[axis])//2
     return tuple(start), tuple(int(s) for s in size)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b7d68aa9
+# %% ../../nbs/2_data/23_prepare.ipynb #fc287c42
 SHIFT = .75                 # voxels: a larger one between modalities, after all steps, is reported
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0460d239
+# %% ../../nbs/2_data/23_prepare.ipynb #efa2a30e
 def _shift(fixed, moving):
     "Shift in voxels (x, y, z) as JSON can hold it; empty where an image is too flat or too thin to tell"
     found = shift_between(fixed.data, moving.data)
     return [round(float(s), 3)+0. for s in found] if np.isfinite(found).all() else []
 
-# %% ../../nbs/2_data/23_prepare.ipynb #1d2dd20a
+# %% ../../nbs/2_data/23_prepare.ipynb #6e0d4661
 def _shifts(job, parts, did):
     "modality -> shift against the reference, as an independent look at the result"
     fixed = parts[job.reference]
@@ -355,7 +359,7 @@ def _shifts(job, parts, did):
         return made.value
     return {m: measure(m) for m in _images(job) if m != job.reference}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #bf4153a5
+# %% ../../nbs/2_data/23_prepare.ipynb #c24ba86e
 def _notes(job, fits, shifts, cut):
     "What somebody must know about a prepared subject, as sentences"
     for m, f in fits.items():
@@ -364,7 +368,7 @@ def _notes(job, fits, shifts, cut):
         if max(map(abs, s), default=0) >= SHIFT: yield f'{m}: lies {tuple(s)} voxels off {job.reference}'
     if cut > .001: yield f'the frame cuts off {100*cut:.1f} % of the head'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c392326b
+# %% ../../nbs/2_data/23_prepare.ipynb #a4a88bde
 def _framed(job, parts):
     "(name -> Volume in the frame, Geometry, share of the head that is cut off)"
     reference = parts[job.reference].volume
@@ -376,10 +380,10 @@ def _framed(job, parts):
     fill = {n: -1024. if _is_ct(n) else 0. for n in parts}
     return {n: into_frame(p.volume, geometry, fill=fill[n]) for n, p in parts.items()}, geometry, float(1-inside/mask.sum())
 
-# %% ../../nbs/2_data/23_prepare.ipynb #bf014b44
+# %% ../../nbs/2_data/23_prepare.ipynb #a8373610
 def _stem(name): return re.sub(r'[^\w.+-]+', '_', name).strip('._') or 'subject'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9cee4ad5
+# %% ../../nbs/2_data/23_prepare.ipynb #3f096f5a
 def _pictures(job, parts, aligned, fits):
     "A checkerboard before and after each registration"
     from i2i_mamba_nb.data.register import show_registration
@@ -388,7 +392,7 @@ def _pictures(job, parts, aligned, fits):
         fixed = parts[job.reference].volume
         _save(show_registration(fixed, resample(parts[m].volume, fixed), aligned[m].volume), path)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e52e93a9
+# %% ../../nbs/2_data/23_prepare.ipynb #66fc5092
 def _save(fig, path):
     "A figure as PNG, the same bytes for the same figure"
     import matplotlib.pyplot as plt
@@ -396,7 +400,7 @@ def _save(fig, path):
     fig.savefig(path, dpi=70, metadata={'Software': None})
     plt.close(fig)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #07a5f167
+# %% ../../nbs/2_data/23_prepare.ipynb #8c9775ae
 def _write(job, volumes):
     "name -> dict(path below the folder, sha256) of the written volumes"
     files = {}
@@ -406,7 +410,7 @@ def _write(job, volumes):
         files[n] = dict(path=path.relative_to(job.out).as_posix(), sha256=sha256(path))
     return files
 
-# %% ../../nbs/2_data/23_prepare.ipynb #03b4ca1b
+# %% ../../nbs/2_data/23_prepare.ipynb #177e8577
 def _make(job, did):
     "All steps of one subject; returns its record"
     parts = _sources(job)
@@ -420,7 +424,7 @@ def _make(job, did):
         registration={m: dict(matrix=None if f.matrix is None else f.matrix.tolist(), before=f.before, after=f.after, refused=f.refused)
             for m, f in fits.items()}, notes=list(_notes(job, fits, shifts, cut)))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c8ae5aab
+# %% ../../nbs/2_data/23_prepare.ipynb #cab10c94
 def _finished(job, path, key):
     "The record of an earlier run with the same key whose files are all there, byte for byte; None otherwise"
     if not path.exists(): return None
@@ -429,7 +433,7 @@ def _finished(job, path, key):
         if found['key'] == key and all(sha256(job.out/f['path']) == f['sha256'] for f in found['files'].values()): return found
     return None
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5b362611
+# %% ../../nbs/2_data/23_prepare.ipynb #fd2b1901
 def _intensity(job, name, file, did):
     "What the map of one image's intensities needs, fitted to the written file"
     kind = job.steps.intensity.get(name) or ('hounsfield' if _is_ct(name) else job.steps.intensity.get('*', 'window'))
@@ -442,7 +446,7 @@ def _intensity(job, name, file, did):
     did += ['intensity']*made.fresh
     return made.value
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2cf72363
+# %% ../../nbs/2_data/23_prepare.ipynb #cdcedd17
 def prepare_subject(
     job,                # Job
 ):
@@ -455,15 +459,15 @@ def prepare_subject(
     record = _finished(job, path, key)
     if record is None:
         record = dict(key=key, patient=job.subject.patient, session=job.subject.session, **_make(job, did))
-        write_json(path, record)
+        record = read_json(write_json(path, record))
         did.append('volumes')
     found = {n: _intensity(job, n, f, did) for n, f in record['files'].items() if n in job.modalities}
     return dict(record, intensity=found), did
 
-# %% ../../nbs/2_data/23_prepare.ipynb #12aff539
+# %% ../../nbs/2_data/23_prepare.ipynb #2dba37b5
 BASE, PER_VOXEL = 6*10**8, 120      # bytes: libraries of a process, and its volumes per voxel of the largest file
 
-# %% ../../nbs/2_data/23_prepare.ipynb #cf3aba2d
+# %% ../../nbs/2_data/23_prepare.ipynb #8d352e40
 def worker_count(
     largest,            # voxels of the largest file
     wanted=None,        # processes asked for; as many as cores by default
@@ -476,7 +480,7 @@ def worker_count(
     room = int(.7*psutil.virtual_memory().available/(BASE+PER_VOXEL*largest))
     return max(1, min(wanted or cores, room))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0cf49ae2
+# %% ../../nbs/2_data/23_prepare.ipynb #b45aadcf
 def _stay_with(parent):
     "In a worker: one thread for every library, and an end when the main process is gone"
     import torch
@@ -486,18 +490,29 @@ def _stay_with(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3ec0335c
+# %% ../../nbs/2_data/23_prepare.ipynb #b14da430
+@contextlib.contextmanager
+def one_thread():
+    "Every library on one thread: sums in one order, so the same bytes on any machine, and no core that two processes fight for"
+    import SimpleITK as sitk
+    from threadpoolctl import threadpool_limits
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        with threadpool_limits(1): yield
+    finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+# %% ../../nbs/2_data/23_prepare.ipynb #18e1a8d8
 def _attempt(function, job):
     "dict(result) or dict(error, trace) of one job, and its seconds"
-    from threadpoolctl import threadpool_limits
     start = time.perf_counter()
     try:
-        with threadpool_limits(1): done = dict(result=function(job))
+        with one_thread(): done = dict(result=function(job))
     except I2IError as e: done = dict(error=str(e), trace='')
     except Exception as e: done = dict(error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
     return dict(done, seconds=time.perf_counter()-start)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #99f57ca4
+# %% ../../nbs/2_data/23_prepare.ipynb #644ef3b0
 def run_jobs(
     function,           # of one job; importable, where there are several workers
     jobs,               # list of jobs
@@ -513,14 +528,14 @@ def run_jobs(
             for f in as_completed(waiting): yield waiting[f], _outcome(f)
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #4e7dd68a
+# %% ../../nbs/2_data/23_prepare.ipynb #4edb4fdf
 def _outcome(future):
     "What a future holds; a broken pool as an error"
     try: return future.result()
     except BrokenProcessPool as e:
         return dict(error=f'the process ended before its work did ({e}): perhaps it ran out of memory', trace='', seconds=0.)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #243da0a9
+# %% ../../nbs/2_data/23_prepare.ipynb #8e6a9dae
 class Prepared(NamedTuple):
     "What came out"
     cohort: Cohort      # of those that succeeded, with geometry, intensities and notes
@@ -529,7 +544,7 @@ class Prepared(NamedTuple):
 
 HEAD = ('time', 'subject', 'status', 'seconds', 'computed', 'notes')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #000b12ce
+# %% ../../nbs/2_data/23_prepare.ipynb #377310fb
 def _log(path, row):
     "One more line in the log; its head where it is new. Raises DiskError"
     try:
@@ -538,7 +553,7 @@ def _log(path, row):
     except OSError as e:
         raise DiskError(f'log {path}', given=e.strerror, expected='a writable file', hint='Choose another folder.') from e
 
-# %% ../../nbs/2_data/23_prepare.ipynb #ef7eb5ec
+# %% ../../nbs/2_data/23_prepare.ipynb #7a18d2d3
 def _line(job, ended):
     "A row of the log"
     record, did = ended.get('result', ({}, []))
@@ -548,7 +563,7 @@ def _line(job, ended):
     notes = f'{notes} {ended.get("trace", "")}'.strip()
     return time.strftime('%Y-%m-%d %H:%M:%S'), job.name, status, f'{ended["seconds"]:.1f}', counts, notes
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7ca436b7
+# %% ../../nbs/2_data/23_prepare.ipynb #4bbfeb02
 def _scaled(records, trained):
     "Every record's intensities as dicts; mean_max gets the largest ratio among training subjects, as SynDiff does"
     scale = {}
@@ -559,16 +574,16 @@ def _scaled(records, trained):
         return dict(out, high=i['high']/i['ratio']*scale.get(m, i['ratio'])) if i['kind'] == 'mean_max' else out
     return {n: {m: final(m, i) for m, i in r['intensity'].items()} for n, r in records.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #51ca57ff
+# %% ../../nbs/2_data/23_prepare.ipynb #0c9732ba
 def _described(cohort, job, records, failures):
     "The info of the prepared cohort, ready for JSON"
     kept = {k: v for k, v in cohort.info.items() if k in ('simulated', 'notice', 'pattern', 'layout', 'paper_split')}
     pick = lambda key: {n: r[key] for n, r in records.items() if r[key]}
     return dict(kept, preparation=dict(steps=asdict(job.steps), reference=job.reference, version=VERSION), geometry=pick('geometry'),
-        registration=pick('registration'), shifts=pick('shifts'), failed=failures,
+        registration=pick('registration'), shifts=pick('shifts'), failed={**cohort.info.get('failed', {}), **failures},
         grids=pick('grid'))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e1e80cd7
+# %% ../../nbs/2_data/23_prepare.ipynb #4c4f4af3
 def _assembled(cohort, jobs, records, failures, out):
     "The Cohort of what was written"
     trained = [j.name for j in jobs if j.subject.split == 'train' and j.name in records]
@@ -583,7 +598,14 @@ def _assembled(cohort, jobs, records, failures, out):
     info = dict(_described(cohort, jobs[0], records, failures), sha256=hashes)
     return Cohort(subjects, tuple(m for m in cohort.modalities if any(m in s.paths for s in subjects)), out, info)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3571e617
+# %% ../../nbs/2_data/23_prepare.ipynb #7d6a3305
+def _largest(cohort):
+    "Voxels of the largest file of the first subject that can be read; as many as are legal where none can"
+    for s in cohort.subjects:
+        with contextlib.suppress(VolumeError): return max(int(np.prod(read_grid(p).shape)) for p in s.paths.values())
+    return MAX_VOXELS
+
+# %% ../../nbs/2_data/23_prepare.ipynb #a5cd7651
 def _jobs(cohort, steps, out, reference):
     "One Job per subject; CohortError where two would share a folder"
     hashes, taken = file_hashes(cohort), {}
@@ -595,7 +617,7 @@ def _jobs(cohort, steps, out, reference):
             expected='names that differ in letters or digits', hint='Rename one patient.')
     return jobs
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2a11509f
+# %% ../../nbs/2_data/23_prepare.ipynb #3f79e8ed
 def prepare_cohort(
     cohort,             # a Cohort
     out,                # folder for volumes, cache, log and pictures
@@ -608,7 +630,7 @@ def prepare_cohort(
     out = Path(out)
     jobs = _jobs(cohort, steps, out, choose_reference(cohort, steps))
     out.mkdir(parents=True, exist_ok=True)
-    largest = max(int(np.prod(read_grid(p).shape)) for p in jobs[0].subject.paths.values())
+    largest = _largest(cohort)
     records, failures, count = {}, {}, 0
     for k, ended in run_jobs(prepare_subject, jobs, worker_count(largest, workers)):
         line, count = _line(jobs[k], ended), count+1
@@ -621,7 +643,7 @@ def prepare_cohort(
     in_order = {j.name: records[j.name] for j in jobs if j.name in records}
     return Prepared(_assembled(cohort, jobs, in_order, dict(sorted(failures.items())), out), failures, in_order)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5f122f6d
+# %% ../../nbs/2_data/23_prepare.ipynb #95d4af92
 def look_at_subject(
     job,                # Job; nothing is written
 ):
@@ -632,7 +654,7 @@ def look_at_subject(
     measured = {m: _shift(images[first].volume, p.volume) for m, p in images.items() if m != first}
     return dict(shifts=measured, notes=list(_notes(job, {}, measured, 0))), []
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e1ddbe6c
+# %% ../../nbs/2_data/23_prepare.ipynb #9ae9f29a
 def look_at_cohort(
     cohort,             # a Cohort
     *,
@@ -641,7 +663,7 @@ def look_at_cohort(
 ):
     "(cohort with notes, dict subject -> sentence of what could not be read): shifts between modalities are measured, nothing is changed"
     jobs = _jobs(cohort, Steps(), Path(), next((m for m in REFERENCES if m in cohort.modalities), ''))
-    largest = max(int(np.prod(read_grid(p).shape)) for p in jobs[0].subject.paths.values())
+    largest = _largest(cohort)
     ended = {}
     for k, e in run_jobs(look_at_subject, jobs, worker_count(largest, workers)):
         ended[k] = e

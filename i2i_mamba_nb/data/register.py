@@ -2,9 +2,12 @@
 
 # %% auto #0
 __all__ = ['LPS', 'ORDERS', 'spacing_of', 'to_itk', 'from_itk', 'background_of', 'resample', 'coarse', 'about', 'Registration',
-           'information_gain', 'register']
+           'information_gain', 'register', 'checkerboard', 'show_registration', 'Corrected', 'n4', 'brain_mask',
+           'tissue_classes']
 
-# %% ../../nbs/2_data/27_register.ipynb #f7b94ad3
+# %% ../../nbs/2_data/27_register.ipynb #cac760b7
+import functools
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +17,12 @@ from .volume import Volume
 from ..measure.alignment import _cells, looks_like_ct, mutual_information, regional_information
 from ..measure.metrics import head_mask
 
-# %% ../../nbs/2_data/27_register.ipynb #9f32b05a
+# %% ../../nbs/2_data/27_register.ipynb #badc564b
 LPS = np.diag([-1., -1., 1., 1.])           # turns RAS millimetres into LPS millimetres, and back
 
 def spacing_of(affine): "Voxel sizes in mm along the three axes"; return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
+# %% ../../nbs/2_data/27_register.ipynb #e828c669
 def to_itk(
     volume,         # a Volume; its axes must be perpendicular
 ):
@@ -28,12 +32,13 @@ def to_itk(
     spacing = spacing_of(affine)
     cosines = affine[:3, :3]/spacing
     if not np.allclose(cosines.T@cosines, np.eye(3), atol=1e-4):
-        raise I2IError('to_itk', given='an affine with shear', expected='perpendicular axes', hint='Use resample: it works in voxel indices.')
+        raise I2IError('to_itk', given='an affine with shear', expected='perpendicular axes',
+            hint='Use resample: it works in voxel indices.')
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.data.transpose(2, 1, 0)))
     image.SetSpacing(spacing.tolist()), image.SetOrigin(affine[:3, 3].tolist()), image.SetDirection(cosines.ravel().tolist())
     return image
 
-# %% ../../nbs/2_data/27_register.ipynb #26b2fcb6
+# %% ../../nbs/2_data/27_register.ipynb #629497e3
 def from_itk(
     image,          # 3-D SimpleITK image
     header=None,    # header for the volume
@@ -46,15 +51,35 @@ def from_itk(
     data = np.ascontiguousarray(sitk.GetArrayFromImage(image).transpose(2, 1, 0), np.float32)
     return Volume(data, LPS@affine, header)
 
-# %% ../../nbs/2_data/27_register.ipynb #36b88570
+# %% ../../nbs/2_data/27_register.ipynb #b9b0630e
+class _OneThread:
+    "Context in which SimpleITK's filters use one thread; several Python threads may be inside at once"
+    lock, users, before = threading.Lock(), 0, 1
+
+    def __enter__(self):
+        from SimpleITK import ProcessObject
+        with self.lock:
+            if not _OneThread.users: _OneThread.before = ProcessObject.GetGlobalDefaultNumberOfThreads()
+            _OneThread.users += 1
+            ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+    def __exit__(self, *_):
+        from SimpleITK import ProcessObject
+        with self.lock:
+            _OneThread.users -= 1
+            if not _OneThread.users: ProcessObject.SetGlobalDefaultNumberOfThreads(_OneThread.before)
+
+# %% ../../nbs/2_data/27_register.ipynb #a0bb6ea7
 ORDERS = ('linear', 'nearest', 'bspline')
 
+# %% ../../nbs/2_data/27_register.ipynb #ef86155f
 def background_of(
     volume,         # a Volume
 ):
     "What to fill in outside the field of view: 0, or the least value (not below -1024 HU) for CT"
     return float(max(volume.data.min(), -1024)) if looks_like_ct(volume.data) else 0.
 
+# %% ../../nbs/2_data/27_register.ipynb #70d0cc16
 def _index_map(volume, like, matrix):
     "4x4: voxel of `like` -> voxel of `volume`"
     matrix = np.eye(4) if matrix is None else np.asarray(matrix, float)
@@ -62,7 +87,7 @@ def _index_map(volume, like, matrix):
         raise ConfigError('matrix', given=matrix.tolist(), expected='an invertible 4x4 matrix', hint='Take the matrix of a Registration.')
     return np.linalg.inv(volume.affine)@matrix@like.affine
 
-# %% ../../nbs/2_data/27_register.ipynb #530d6317
+# %% ../../nbs/2_data/27_register.ipynb #2f13096c
 def resample(
     volume,         # a Volume
     like,           # Volume or Grid whose grid is wanted
@@ -76,16 +101,15 @@ def resample(
     kinds = dict(linear=sitk.sitkLinear, nearest=sitk.sitkNearestNeighbor, bspline=sitk.sitkBSpline)
     B = _index_map(volume, like, matrix)
     r = sitk.ResampleImageFilter()
-    r.SetNumberOfThreads(1)
     r.SetSize([int(n) for n in like.shape])
     r.SetTransform(sitk.AffineTransform(np.ascontiguousarray(B[:3, :3]).ravel().tolist(), B[:3, 3].tolist()))
     r.SetInterpolator(kinds[check_choice('order', order, ORDERS)])
     r.SetDefaultPixelValue(background_of(volume) if fill is None else float(fill))
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.data.transpose(2, 1, 0), np.float32))
-    out = sitk.GetArrayFromImage(r.Execute(image)).transpose(2, 1, 0)
+    with _OneThread(): out = sitk.GetArrayFromImage(r.Execute(image)).transpose(2, 1, 0)
     return Volume(np.ascontiguousarray(out), np.array(like.affine, float), like.header)
 
-# %% ../../nbs/2_data/27_register.ipynb #7447f5be
+# %% ../../nbs/2_data/27_register.ipynb #667ff484
 class _Seen(NamedTuple):
     "One image, ready for registration"
     image: Volume           # clipped
@@ -93,6 +117,7 @@ class _Seen(NamedTuple):
     centre: np.ndarray      # middle of the mask, mm
     ct: bool
 
+# %% ../../nbs/2_data/27_register.ipynb #39bc75e9
 def _seen(volume, name):
     "_Seen of a volume; I2IError where nothing is to be seen"
     step = np.maximum(np.floor(2/spacing_of(volume.affine)).astype(int), 1)
@@ -107,7 +132,7 @@ def _seen(volume, name):
     data = np.clip(volume.data, low, max(high, low+1e-6)).astype(np.float32, copy=False)
     return _Seen(Volume(data, volume.affine), Volume(mask.astype(np.float32), affine), centre, ct)
 
-# %% ../../nbs/2_data/27_register.ipynb #17aaae69
+# %% ../../nbs/2_data/27_register.ipynb #c4cf5e2a
 def _grid_shape(affine, shape, step):
     "Affine (perpendicular axes) and shape of the grid of `step` mm over a volume's field of view"
     u, _, v = np.linalg.svd(affine[:3, :3]/spacing_of(affine))
@@ -120,13 +145,14 @@ def _grid_shape(affine, shape, step):
     grid[:3, 3] = (u@v)@((low+high-(n-1)*step)/2)
     return grid, tuple(int(k) for k in n)
 
-# %% ../../nbs/2_data/27_register.ipynb #24874b77
+# %% ../../nbs/2_data/27_register.ipynb #a871fc07
 def _on(volume, affine, shape, matrix=None, *, outside=np.nan):
     "Linear interpolation of a volume on a grid, by SciPy; `outside` where it has no voxels"
     from scipy.ndimage import affine_transform
     B = _index_map(volume, Volume(None, affine), matrix)
     return affine_transform(volume.data, B[:3, :3], B[:3, 3], shape, np.float32, order=1, cval=outside, prefilter=False)
 
+# %% ../../nbs/2_data/27_register.ipynb #034909a6
 def coarse(
     volume,         # a Volume
     level,          # wanted voxel size, mm; axes that are coarser stay as they are
@@ -141,7 +167,7 @@ def coarse(
     from scipy.ndimage import affine_transform
     return Volume(affine_transform(data, B[:3, :3], B[:3, 3], shape, np.float32, order=1, mode='nearest', prefilter=False), affine)
 
-# %% ../../nbs/2_data/27_register.ipynb #ed05bd8c
+# %% ../../nbs/2_data/27_register.ipynb #f71653fe
 def about(
     linear,         # 3x3
     centre,         # point that is moved by `shift` only, mm
@@ -153,8 +179,13 @@ def about(
     matrix[:3, 3] = np.asarray(centre)+shift-linear@np.asarray(centre)
     return matrix
 
-def _rotation(degrees): "3x3 by a rotation vector"; from scipy.spatial.transform import Rotation as R; return R.from_rotvec(degrees, True).as_matrix()
+# %% ../../nbs/2_data/27_register.ipynb #2a783490
+def _rotation(degrees):
+    "3x3 of a rotation vector"
+    from scipy.spatial.transform import Rotation
+    return Rotation.from_rotvec(degrees, degrees=True).as_matrix()
 
+# %% ../../nbs/2_data/27_register.ipynb #ee42caf1
 def _starts(fixed, moving, scale):
     "Candidate matrices: the headers' own first, then moments, shifted and turned"
     shift = moving.centre-fixed.centre
@@ -162,7 +193,7 @@ def _starts(fixed, moving, scale):
     steps = 28.*scale*(np.array(list(np.ndindex(3, 3, 3)))-1)
     return [np.eye(4), *(about(_rotation(t), fixed.centre, shift+s) for t in turns for s in sorted(steps, key=np.linalg.norm))]
 
-# %% ../../nbs/2_data/27_register.ipynb #e8fb3ef9
+# %% ../../nbs/2_data/27_register.ipynb #620632c3
 class _Level(NamedTuple):
     "Both images on one level, for SciPy and for SimpleITK"
     fixed: Volume
@@ -170,6 +201,7 @@ class _Level(NamedTuple):
     mask: np.ndarray        # bool on fixed's grid: head and a margin
     images: tuple           # fixed, moving, mask as SimpleITK images
 
+# %% ../../nbs/2_data/27_register.ipynb #c4434aa0
 def _level(fixed, moving, size):
     "Both images with voxels of about `size` mm"
     import SimpleITK as sitk
@@ -179,19 +211,20 @@ def _level(fixed, moving, size):
     as_image = sitk.Cast(to_itk(Volume(mask.astype(np.float32), f.affine)), sitk.sitkUInt8)
     return _Level(f, m, mask, (to_itk(f), to_itk(m), as_image))
 
-# %% ../../nbs/2_data/27_register.ipynb #1b165d2f
+# %% ../../nbs/2_data/27_register.ipynb #ca99e0b5
 def _score(level, matrix, needed=100):
     "Mutual information where the images overlap inside the mask; -1 where too little does"
     y = _on(level.moving, level.fixed.affine, level.fixed.shape, matrix)
     both = np.isfinite(y) & level.mask
     return mutual_information(level.fixed.data[both], y[both], bins=16) if both.sum() >= max(needed, 100) else -1.
 
+# %% ../../nbs/2_data/27_register.ipynb #f108e958
 def _needed(level, moving):
     "A quarter of the smaller head, in voxels of the fixed grid: less overlap proves nothing"
     cell = abs(np.linalg.det(level.fixed.affine[:3, :3]))
     return .25*min(level.mask.sum(), moving.mask.data.sum()*abs(np.linalg.det(moving.mask.affine[:3, :3]))/cell)
 
-# %% ../../nbs/2_data/27_register.ipynb #107a7a98
+# %% ../../nbs/2_data/27_register.ipynb #743f6928
 def _as_itk(kind, matrix, centre):
     "'Euler3DTransform' or 'AffineTransform' of a RAS matrix, about a centre (RAS, mm)"
     import SimpleITK as sitk
@@ -202,17 +235,18 @@ def _as_itk(kind, matrix, centre):
     transform.SetTranslation(((LPS@matrix@LPS)[:3, 3]+linear@c-c).tolist())
     return transform
 
+# %% ../../nbs/2_data/27_register.ipynb #78f03821
 def _from_itk(transform):
     "RAS matrix of such a transform"
     linear, c = np.reshape(transform.GetMatrix(), (3, 3)), np.array(transform.GetCenter())
     return LPS@about(linear, c, transform.GetTranslation())@LPS
 
-# %% ../../nbs/2_data/27_register.ipynb #6a422b53
+# %% ../../nbs/2_data/27_register.ipynb #e5be751c
 def _climb(level, kind, matrix, centre, *, step, stop, seed):
     "The matrix after SimpleITK's gradient descent on Mattes' mutual information (32 bins, 150,000 points at most)"
     import SimpleITK as sitk
-    transform, m = _as_itk(kind, matrix, centre), sitk.ImageRegistrationMethod()
-    m.SetNumberOfThreads(1)
+    transform = _as_itk(kind, matrix, centre)
+    with _OneThread(): m = sitk.ImageRegistrationMethod()
     m.SetMetricAsMattesMutualInformation(32)
     if level.mask.sum() > 150_000:
         m.SetMetricSamplingStrategy(m.REGULAR)
@@ -222,15 +256,16 @@ def _climb(level, kind, matrix, centre, *, step, stop, seed):
     m.SetOptimizerAsRegularStepGradientDescent(step, stop, 80, relaxationFactor=.5, gradientMagnitudeTolerance=1e-8)
     m.SetOptimizerScalesFromPhysicalShift()
     m.SetInitialTransform(transform, inPlace=True)
-    m.Execute(*level.images[:2])
+    with _OneThread(): m.Execute(*level.images[:2])
     return _from_itk(transform)
 
-# %% ../../nbs/2_data/27_register.ipynb #fdc8854c
+# %% ../../nbs/2_data/27_register.ipynb #5704cf09
 def _nudge(p, centre, radius=60.):
     "4x4 of small changes about a centre, in mm at `radius`: three shifts, three turns, three stretches, three shears"
     linear = _rotation(np.degrees(p[3:6]/radius))@(np.diag(1+p[6:9]/radius)+np.array([[0, p[9], p[10]], [0, 0, p[11]], [0, 0, 0]])/radius)
     return about(linear, centre, p[:3])
 
+# %% ../../nbs/2_data/27_register.ipynb #1d712351
 def _inner_points(level, fixed, moving, matrix, scale, rng, n=80_000):
     "(n, 3) random points, mm, deep under both outlines; empty where there are too few voxels"
     from scipy.ndimage import distance_transform_edt
@@ -244,7 +279,7 @@ def _inner_points(level, fixed, moving, matrix, scale, rng, n=80_000):
     points = found[rng.integers(len(found), size=n)]+rng.uniform(-.5, .5, (n, 3))
     return points@level.fixed.affine[:3, :3].T+level.fixed.affine[:3, 3]
 
-# %% ../../nbs/2_data/27_register.ipynb #b99eae81
+# %% ../../nbs/2_data/27_register.ipynb #9acfccc9
 class _Sharp:
     "Information per cell between two images at fixed points, as a function of the matrix"
     def __init__(self, level, points, matrix):
@@ -269,9 +304,12 @@ class _Sharp:
     @staticmethod
     def level_of(v, low, high): return ((v-low)*(4095/max(high-low, 1e-30))).clip(0, 4095).astype(int)
     def code(self, v, table): return table[2][self.level_of(v, *table[:2])]
-    def __call__(self, matrix): return regional_information(self.cells, self.a, self.code(self.values(self.moving, matrix), self.table), self.bins)
+    def __call__(self, matrix):
+        "Information, nats"
+        b = self.code(self.values(self.moving, matrix), self.table)
+        return regional_information(self.cells, self.a, b, self.bins)
 
-# %% ../../nbs/2_data/27_register.ipynb #1599d1b2
+# %% ../../nbs/2_data/27_register.ipynb #0ec6cb90
 def _sharpen(sharp, matrix, n_free, scale):
     "(matrix, information) after passes with parabolas over the first `n_free` numbers of _nudge"
     best = sharp(matrix)
@@ -284,7 +322,7 @@ def _sharpen(sharp, matrix, n_free, scale):
             if value > best: matrix, best = tried, value
     return matrix, best
 
-# %% ../../nbs/2_data/27_register.ipynb #4f063d1d
+# %% ../../nbs/2_data/27_register.ipynb #23e63ed4
 class Registration(NamedTuple):
     "What `register` found"
     matrix: np.ndarray      # 4x4, mm: point of fixed -> point of moving; identity where refused
@@ -292,7 +330,7 @@ class Registration(NamedTuple):
     after: float            # with `matrix`
     refused: str = ''       # why the headers' alignment was kept; '' where it was not
 
-# %% ../../nbs/2_data/27_register.ipynb #217a9c61
+# %% ../../nbs/2_data/27_register.ipynb #6d40705b
 def information_gain(
     fixed,          # a Volume
     moving,         # a Volume
@@ -313,7 +351,7 @@ def information_gain(
     if both.sum() >= max(.2*seen.sum(), 1): return tuple(mutual_information(a[both], y[both]) for y in (old, new))
     return 0., mutual_information(a[seen], new[seen]) if seen.any() else 0.
 
-# %% ../../nbs/2_data/27_register.ipynb #c36b8bd6
+# %% ../../nbs/2_data/27_register.ipynb #792121e0
 def _doubts(level, moving, matrix, gain, scale):
     "Why an alignment must not be used; '' where nothing speaks against it"
     stretch = np.linalg.svd(matrix[:3, :3])[1]
@@ -325,7 +363,7 @@ def _doubts(level, moving, matrix, gain, scale):
     if slope < max(.01, .03*top): return f'no clear maximum: only {slope:.3f} nats above its surroundings. Do both show the same person?'
     return '' if gain[1] > gain[0] else f'mutual information fell from {gain[0]:.4f} to {gain[1]:.4f}'
 
-# %% ../../nbs/2_data/27_register.ipynb #66693403
+# %% ../../nbs/2_data/27_register.ipynb #218bbef8
 def _begin(fixed, moving, level, scale, seed):
     "Best rigid matrix on the coarsest level"
     needed = _needed(level, moving)
@@ -338,6 +376,7 @@ def _begin(fixed, moving, level, scale, seed):
         except RuntimeError: continue       # SimpleITK: the images do not overlap there
     return max([*ends, starts[int(scores.argmax())]], key=lambda m: _score(level, m, needed))
 
+# %% ../../nbs/2_data/27_register.ipynb #191adbaf
 def _align(fixed, moving, levels, scale, seed, rigid):
     "Matrix of the two-stage registration and the last look"
     found, centre = _begin(fixed, moving, levels[0], scale, seed), fixed.centre
@@ -353,7 +392,7 @@ def _align(fixed, moving, levels, scale, seed, rigid):
     bent, better = _sharpen(sharp, max(found, stiff, key=sharp), 12, scale)
     return bent if better > 1.01*value else stiff
 
-# %% ../../nbs/2_data/27_register.ipynb #6269072c
+# %% ../../nbs/2_data/27_register.ipynb #d7cfa5b1
 def register(
     fixed,          # a Volume: the grid that is wanted
     moving,         # a Volume of the same person: any grid, contrast or modality
@@ -371,4 +410,230 @@ def register(
     else: doubt = None
     before, after = information_gain(a.image, b.image, matrix)
     doubt = _doubts(levels[1], b, matrix, (before, after), scale) if doubt is None else doubt
-    return Registration(np.eye(4), before, before, doubt) if doubt else Registration(matrix, before, after)
+    if not doubt: return Registration(matrix, before, after)
+    kept = information_gain(a.image, b.image, np.eye(4))[1]
+    return Registration(np.eye(4), kept, kept, doubt)
+
+# %% ../../nbs/2_data/27_register.ipynb #0970af0e
+def _unit(x):
+    "Values between the 1st and 99th percentile as 0 to 1"
+    low, high = np.percentile(x, (1, 99))
+    return np.clip((x-low)/max(high-low, 1e-30), 0, 1)
+
+# %% ../../nbs/2_data/27_register.ipynb #6d114c04
+def checkerboard(
+    a,              # 2-D or 3-D array
+    b,              # same shape
+    n=6,            # tiles along the longest axis
+):
+    "Tiles of a and b in turn, each image scaled to 0..1 by its percentiles. Raises ShapeError"
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ShapeError('b', given=f'shape {b.shape}', expected=f"a's {a.shape}", hint='Resample one onto the other first.')
+    side = max(max(a.shape)/n, 1)
+    odd = sum(np.ogrid[tuple(slice(0, k) for k in a.shape)][i]//side for i in range(a.ndim)) % 2 > 0
+    return np.where(odd, _unit(b), _unit(a))
+
+# %% ../../nbs/2_data/27_register.ipynb #e0f0358a
+def _cubic(volume, step, like=None):
+    "Array (x, y, z) in canonical orientation with cubic voxels of `step` mm, over the field of view of `like`"
+    from i2i_mamba_nb.data.volume import to_canonical
+    like = to_canonical(like or volume)[0]
+    return _on(volume, *_grid_shape(like.affine, like.shape, np.full(3, step)), outside=0)
+
+# %% ../../nbs/2_data/27_register.ipynb #80a43331
+def show_registration(
+    fixed,          # a Volume
+    before,         # the moving Volume on its grid, by the headers
+    after,          # the moving Volume on its grid, registered
+    *,
+    size=1.8,       # width of one picture, inches
+):
+    "Checkerboards in three planes and the joint histogram, before (top) and after (bottom); returns the figure"
+    from i2i_mamba_nb.core import show_images, slice_view
+    from i2i_mamba_nb.measure.alignment import joint_histogram
+    step = max(1., spacing_of(fixed.affine).min())
+    a, inside = _cubic(fixed, step), _cubic(_seen(fixed, 'fixed').mask, step, fixed) > .5
+    middle = [int(np.median(w)) for w in np.nonzero(inside)]
+    pictures, names = [], ('axial', 'coronal', 'sagittal', 'joint histogram')
+    for moving in (before, after):
+        b = _cubic(moving, step, fixed)
+        pictures += [slice_view(checkerboard(a, b, 8), axis, middle[axis]) for axis in (2, 1, 0)]
+        pictures.append(np.log1p(joint_histogram(_unit(a), _unit(b), inside)).T[::-1])
+    return show_images(pictures, [f'{p}, {w}' for w in ('before', 'after') for p in names], ncols=4, size=size)
+
+# %% ../../nbs/2_data/27_register.ipynb #71cc6874
+class Corrected(NamedTuple):
+    "What `n4` returns"
+    volume: Volume          # corrected, on the same grid
+    log_field: np.ndarray   # (x, y, z) float32: the image was multiplied by its exponential; mean 0 inside the mask
+
+# %% ../../nbs/2_data/27_register.ipynb #191f6036
+def _stretched(low, volume):
+    "A volume on a coarse grid, linearly interpolated on another's grid, continued beyond its border"
+    from scipy.ndimage import affine_transform
+    B = _index_map(low, volume, None)
+    return affine_transform(low.data, B[:3, :3], B[:3, 3], volume.shape, np.float32, order=1, mode='nearest', prefilter=False)
+
+# %% ../../nbs/2_data/27_register.ipynb #6b028894
+def n4(
+    volume,         # MR image in any positive unit
+    mask=None,      # nonzero where the field is estimated, same shape; the head by default
+    *,
+    level=4.,       # mm, voxel size for the estimate
+    iterations=(50, 50, 50),    # at most, on B-spline grids that get finer
+):
+    "Corrected(volume, log_field) by SimpleITK's N4. Raises ShapeError, I2IError for an empty mask"
+    import SimpleITK as sitk
+    mask = head_mask(volume.data) if mask is None else np.asarray(mask) != 0
+    if mask.shape != volume.shape:
+        raise ShapeError('mask', given=f'shape {mask.shape}', expected=f"the volume's {volume.shape}", hint='Give a mask on the same grid.')
+    low = coarse(volume, level)
+    inside = (_on(Volume(mask.astype(np.float32), volume.affine), low.affine, low.shape, outside=0) > .5) & (low.data > 0)
+    if inside.sum() < 50:
+        raise I2IError('n4', given=f'{inside.sum()} voxels of signal', expected='an image of something', hint='Look at the mask.')
+    with _OneThread(): filter = sitk.N4BiasFieldCorrectionImageFilter()
+    filter.SetMaximumNumberOfIterations([int(i) for i in iterations])
+    image = to_itk(Volume(np.maximum(low.data, 1e-6*low.data.max()), low.affine))
+    with _OneThread():
+        filter.Execute(image, sitk.Cast(to_itk(Volume(inside.astype(np.float32), low.affine)), sitk.sitkUInt8))
+        log_field = from_itk(filter.GetLogBiasFieldAsImage(image)).data
+    field = _stretched(Volume(log_field, low.affine), volume)
+    field -= field[mask].mean()
+    return Corrected(volume._replace(data=(volume.data/np.exp(field)).astype(np.float32)), field)
+
+# %% ../../nbs/2_data/27_register.ipynb #e38c61b6
+@functools.lru_cache(maxsize=1)
+def _template():
+    "MNI152 at 2 mm with a margin: affine, T1 (0 to 1), shares of csf, gm and wm, brain, head (T1 with shells around the brain)"
+    from nilearn import datasets
+    from scipy.ndimage import distance_transform_edt as distance
+    read = lambda n: np.pad(np.asarray(getattr(datasets, f'load_mni152_{n}')(resolution=1).dataobj, np.float32)[::2, ::2, ::2], 12)
+    t1, gm, wm, brain = (read(n) for n in ('template', 'gm_template', 'wm_template', 'brain_mask'))
+    affine = datasets.load_mni152_template(resolution=1).affine@np.diag([2., 2, 2, 1])
+    affine[:3, 3] -= affine[:3, :3]@np.full(3, 12)
+    grown = distance(brain < .5, sampling=2.) < 10
+    outside = np.where(grown, 10-distance(grown, sampling=2.), 10+distance(~grown, sampling=2.))
+    shells = np.select([brain > .5, outside < 3, outside < 10, outside < 16], [t1, .15, .05, .95], 0.)
+    return affine, t1*brain, np.stack([np.clip(brain-gm-wm, 0, 1), gm, wm])*brain, brain, shells.astype(np.float32)
+
+# %% ../../nbs/2_data/27_register.ipynb #566e9a54
+def _fit_template(volume, image):
+    "Matrix, template mm -> subject mm, of a template image to a subject's"
+    a, b = _seen(Volume(image, _template()[0]), 'template'), _seen(volume, 'subject')
+    levels = [_level(a, b, size) for size in (8., 4.)]
+    litres = [s.mask.data.sum()*abs(np.linalg.det(s.mask.affine[:3, :3])) for s in (a, b)]
+    size = np.clip((litres[1]/litres[0])**(1/3), .82, 1.05)
+    matrix = _begin(a, b, levels[0], 1., 0)@about(size*np.eye(3), a.centre)
+    for level, step, stop in zip(levels, (1., .5), (.05, .005), strict=True):
+        matrix = _climb(level, 'AffineTransform', matrix, a.centre, step=step, stop=stop, seed=0)
+    return matrix
+
+# %% ../../nbs/2_data/27_register.ipynb #6e27d443
+def _mapped(values, matrix, like):
+    "A template map on a subject's grid"
+    return _on(Volume(values, _template()[0]), like.affine, like.shape, np.linalg.inv(matrix), outside=0)
+
+# %% ../../nbs/2_data/27_register.ipynb #5034f0ea
+def _refined(volume, soft):
+    "Brain mask from the image, near a first one (`soft`, 0 to 1 on the volume's grid)"
+    from scipy.ndimage import binary_fill_holes, gaussian_filter, label
+    from scipy.ndimage import distance_transform_edt as distance
+    low = coarse(volume, 2.)
+    mm = spacing_of(low.affine)
+    mask = _on(Volume(soft, volume.affine), low.affine, low.shape, outside=0) > .5
+    core, near = distance(mask, sampling=mm) > 12, distance(~mask, sampling=mm) < 6
+    x = gaussian_filter(low.data, 1/mm)
+    level = np.median(x[core]) if core.any() else np.inf
+    parts, n = label(distance(near & (x > .7*level) & (x < 1.4*level) | core, sampling=mm) > 4)
+    if not n: return soft > .5
+    kept = parts == 1+np.bincount(parts.ravel())[1:].argmax()
+    closed = distance(distance(~kept, sampling=mm) < 9, sampling=mm) > 5
+    return _stretched(Volume((binary_fill_holes(closed) & near | core).astype(np.float32), low.affine), volume) > .5
+
+# %% ../../nbs/2_data/27_register.ipynb #5d4623c0
+def _overlap(a, b): "Dice's overlap of two masks"; return 2*(a & b).sum()/max(a.sum()+b.sum(), 1)
+
+# %% ../../nbs/2_data/27_register.ipynb #777494e8
+def brain_mask(
+    volume,         # MR image of a head (T1, T2, PD, FLAIR) or of an extracted brain
+):
+    "Boolean mask of the brain by the registered MNI152 template, refined; an extracted brain comes back whole. Raises I2IError"
+    head = head_mask(volume.data)
+    litres = head.sum()*abs(np.linalg.det(volume.affine[:3, :3]))/1e6
+    try:
+        if litres < 1.95:
+            soft = _mapped(_template()[3], _fit_template(volume, _template()[1]), volume)
+            if _overlap(soft > .5, head) > .88: return head
+        return _refined(volume, _mapped(_template()[3], _fit_template(volume, _template()[4]), volume))
+    except RuntimeError as e:
+        words = str(e).strip().splitlines()[-1]
+        raise I2IError('brain_mask', given=words, expected='an image of a head', hint='Give a mask of your own.') from e
+
+# %% ../../nbs/2_data/27_register.ipynb #08407b23
+def _densities(x, means, covariances):
+    "(n, 3) log densities, up to a constant"
+    out = []
+    for m, c in zip(means, covariances, strict=True):
+        d = np.linalg.solve(np.linalg.cholesky(c), (x-m).T)
+        out.append(-.5*(d*d).sum(0)-.5*np.linalg.slogdet(c)[1])
+    return np.stack(out, 1)
+
+# %% ../../nbs/2_data/27_register.ipynb #f2e7e3ea
+def _posterior(x, prior, means, covariances):
+    "(n, 3) probabilities"
+    log = _densities(x, means, covariances)+np.log(prior)
+    p = np.exp(log-log.max(1, keepdims=True))
+    return p/p.sum(1, keepdims=True)
+
+# %% ../../nbs/2_data/27_register.ipynb #8a99a4c0
+def _mixture(x, prior, rounds=40):
+    "Means and covariances of three Gaussians under spatial priors"
+    weight = prior**3/(prior**3).sum(1, keepdims=True)
+    for _ in range(rounds):
+        means = [np.einsum('n,nd->d', w, x)/w.sum() for w in weight.T]
+        covariances = [np.einsum('n,ni,nj->ij', w, x-m, x-m)/w.sum()+1e-4*np.eye(x.shape[1]) for w, m in zip(weight.T, means, strict=True)]
+        weight = _posterior(x, prior, means, covariances)
+    return means, covariances
+
+# %% ../../nbs/2_data/27_register.ipynb #2f629f78
+def _features(images, mask):
+    "(n, d) intensities inside the mask, each contrast clipped to its 0.5 to 99.5 percentile and scaled to 0..1"
+    x = np.stack([v.data[mask] for v in images], 1).astype(float)
+    low, high = np.percentile(x, (.5, 99.5), axis=0)
+    if not (high > low).all():
+        raise I2IError('tissue_classes', given='a constant image', expected='two tissues or more', hint='Look at the file.')
+    return (np.clip(x, low, high)-low)/(high-low)
+
+# %% ../../nbs/2_data/27_register.ipynb #170138e9
+def _priors(images, mask, matrix):
+    "(n, 3) shares of csf, gm and wm inside the mask by the template"
+    from scipy.ndimage import gaussian_filter
+    first = images.get('T1', next(iter(images.values())))
+    if matrix is None: matrix = _fit_template(first._replace(data=np.where(mask, first.data, 0)), _template()[1])
+    b = np.stack([_mapped(gaussian_filter(m, 1.), matrix, first)[mask] for m in _template()[2]], 1)+.02
+    return b/b.sum(1, keepdims=True)
+
+# %% ../../nbs/2_data/27_register.ipynb #61815620
+def tissue_classes(
+    images,         # dict: name -> MR Volume; one or several contrasts, all on one grid
+    mask,           # nonzero inside the brain, on that grid
+    *,
+    matrix=None,    # 4x4, MNI mm -> subject mm; registered to 'T1', or the first image, by default
+    smooth=.7,      # standard deviation of the posteriors' smoothing, voxels; 0: none
+):
+    "(codes uint8: 0 outside, 1 CSF, 2 grey, 3 white; probabilities (3, x, y, z) float32). Raises ShapeError, I2IError"
+    from scipy.ndimage import gaussian_filter
+    mask = np.asarray(mask) != 0
+    for name, v in images.items():
+        if v.shape != mask.shape:
+            raise ShapeError(name, given=f'shape {v.shape}', expected=f"the mask's {mask.shape}", hint='Resample it first.')
+    if mask.sum() < 1000:
+        raise I2IError('tissue_classes', given=f'{mask.sum()} voxels in the mask', expected='1000 at least', hint='Look at the mask.')
+    x, prior = _features(list(images.values()), mask), _priors(images, mask, matrix)
+    few = numpy_rng(0, 'tissue').integers(len(x), size=80_000)
+    p = np.zeros((3, *mask.shape), np.float32)
+    p[:, mask] = _posterior(x, prior, *_mixture(x[few], prior[few])).T
+    if smooth: p = np.stack([gaussian_filter(v, smooth)*mask for v in p])
+    p /= np.maximum(p.sum(0), 1e-6)
+    return np.where(mask, p.argmax(0)+1, 0).astype(np.uint8), p

@@ -4,7 +4,7 @@
 __all__ = ['PICKLED', 'Run', 'packaged_runs', 'load_run', 'fitted_size', 'bytes_per_slice', 'synthesise', 'predict_subject',
            'predictor']
 
-# %% ../../nbs/7_engine/73_predict.ipynb #0f64d710
+# %% ../../nbs/7_engine/73_predict.ipynb #948c3616
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import i2i_mamba_nb
 from ..core import CheckpointError, ConfigError, I2IError, ShapeError, check_choice, from_dict, network, read_json
 from ..data.cohort import Subject
 from ..data.slices import fit_to, from_images, load_subject, restore, to_images, unfit
-from ..data.volume import Volume, write_volume
+from ..data.volume import Volume, described, write_volume
 from .evaluate import Baseline, kind_of
 from .train import TrainConfig
 from ..measure.metrics import CT_WINDOW, Window, head_mask
@@ -238,20 +238,13 @@ def _checked_paths(run, paths, out_path):
             hint='Choose another name; sources stay as they are.')
     return {m: Path(paths[m]) for m in wanted}
 
-# %% ../../nbs/7_engine/73_predict.ipynb #60719276
-def _described(volume, text):
-    "The volume with `text` in its header's description"
-    header = volume.header.copy()
-    header['descrip'] = text.encode()[:79]
-    return volume._replace(header=header)
-
-# %% ../../nbs/7_engine/73_predict.ipynb #bd9faa10
+# %% ../../nbs/7_engine/73_predict.ipynb #ccb3ce53
 def _description(run):
     "What the header shall say"
     training = ', simulated training' if run.info.get('simulated') else ''
     return f'synthetic {run.config.target} by {run.config.network}{training}, research only'
 
-# %% ../../nbs/7_engine/73_predict.ipynb #3ac8acb2
+# %% ../../nbs/7_engine/73_predict.ipynb #b57d158f
 def predict_subject(
     run,            # of load_run
     paths,          # dict modality -> file, exactly the run's sources, on one grid
@@ -267,11 +260,11 @@ def predict_subject(
     mask = _head(list(paths), stack)
     window, ct = Window(*run.info['window'][run.config.target]), kind_of(run.config.target) == 'ct'
     x = window.restore(synthesise(run, loaded.images, batch=batch, progress=progress, mask=mask))
-    volume = _described(restore(loaded, np.where(mask, x, CT_WINDOW.low if ct else 0)), _description(run))
+    volume = described(restore(loaded, np.where(mask, x, CT_WINDOW.low if ct else 0)), _description(run))
     write_volume(out_path, volume)
     return volume
 
-# %% ../../nbs/7_engine/73_predict.ipynb #cb94348d
+# %% ../../nbs/7_engine/73_predict.ipynb #bffadde6
 def predictor(
     run,            # of load_run
     *,

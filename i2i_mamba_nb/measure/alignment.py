@@ -102,16 +102,18 @@ def _depth(image):
     for axis, (n, s) in enumerate(zip(image.shape, step, strict=True)): depth = depth.repeat(s, axis)[(slice(None),)*axis+(slice(0, n),)]
     return depth
 
-# %% ../../nbs/3_measure/34_alignment.ipynb #627d6956
+# %% ../../nbs/3_measure/34_alignment.ipynb #bae82e10
 def _interior(a, b, mask, reach):
     "Where a shift is judged: room for it on every side, deep under both outlines where that leaves enough voxels"
     room = np.zeros(a.shape, bool)
     room[tuple(slice(r, n-r) for r, n in zip(reach, a.shape, strict=True))] = True
     if mask is not None: return room & mask
-    depth = np.minimum(_depth(a), _depth(b))
+    deep = _depth(a), _depth(b)
+    depth, smaller = np.minimum(*deep), max(min((d > 0).sum() for d in deep), 1)
+    if (depth > 0).sum() < .5*smaller: return room
     for least in (max(reach)+2, max(reach)/2+1, 0):
         inside = room & (depth > least)
-        if inside.sum() >= .1*max((depth > 0).sum(), 1): return inside
+        if inside.sum() >= .1*smaller: return inside
     return room
 
 # %% ../../nbs/3_measure/34_alignment.ipynb #e09856e1
