@@ -240,7 +240,8 @@ def test_steps_from_a_file_go_on_and_redo_only_what_depends(made, tmp_path, say)
     assert say(*words)[0] == 0 and all(p.read_bytes() == b for p, b in before.items())
     rows = list(csv.DictReader((tmp_path/'out'/'log.csv').open(newline='')))
     assert [r['status'] for r in rows] == ['done']*4+['unchanged']*4
-    assert {s.patient: s.split for s in read_manifest(tmp_path/'out'/'manifest.csv').subjects} == dict(p1='train', p2='train', p3='validation', p4='test')
+    splits = {s.patient: s.split for s in read_manifest(tmp_path/'out'/'manifest.csv').subjects}
+    assert splits == dict(p1='train', p2='train', p3='validation', p4='test')
 
 def test_failed_subjects_are_listed_at_the_end(tmp_path, say):
     folder = make_folder(tmp_path/'data')

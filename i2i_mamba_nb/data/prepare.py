@@ -203,7 +203,7 @@ def align(
         return fits[home].matrix if home in fits else None
     return {n: _placed(p, fixed, matrix(n), n not in job.modalities) for n, p in parts.items()}, fits
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8ddcf524
+# %% ../../nbs/2_data/23_prepare.ipynb #440b79da
 def choose_reference(
     cohort,             # a Cohort
     steps,              # Steps
@@ -215,7 +215,7 @@ def choose_reference(
         return steps.reference
     if not shared: raise CohortError('reference', given='no modality that every subject has', expected='one',
         hint='Name it in the steps: those who lack it are listed as failed.')
-    return next((m for m in (*REFERENCES, *shared) if m in shared))
+    return next(m for m in (*REFERENCES, *shared) if m in shared)
 
 # %% ../../nbs/2_data/23_prepare.ipynb #747ef1a7
 def needs_work(
@@ -359,35 +359,35 @@ def _shifts(job, parts, did):
         return made.value
     return {m: measure(m) for m in _images(job) if m != job.reference}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c24ba86e
+# %% ../../nbs/2_data/23_prepare.ipynb #716267da
 def _notes(job, fits, shifts, cut):
     "What somebody must know about a prepared subject, as sentences"
     for m, f in fits.items():
         if f.refused: yield f'{m}: registration refused ({f.refused}), placed by its header'
     for m, s in shifts.items():
         if max(map(abs, s), default=0) >= SHIFT: yield f'{m}: lies {tuple(s)} voxels off {job.reference}'
-    if cut > .001: yield f'the frame cuts off {100*cut:.1f} % of the head'
+    if cut > .001: yield f'the frame cuts off {100*cut:.1f} % of the head in its slices'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #a4a88bde
+# %% ../../nbs/2_data/23_prepare.ipynb #7cd79171
 def _framed(job, parts):
-    "(name -> Volume in the frame, Geometry, share of the head that is cut off)"
+    "(name -> Volume in the frame, Geometry, share of the head in these slices that is cut off)"
     reference = parts[job.reference].volume
     mask = head_mask(reference.data, kind='ct' if _is_ct(job.reference) else 'mri')
     start, size = frame_of(mask, job.steps)
     grid = read_grid(job.subject.paths[job.reference])
     geometry = Geometry(grid.shape, tuple(map(tuple, grid.affine.tolist())), start, size)
-    inside = into_frame(_like(mask, reference), geometry).data.sum()
+    inside, shown = into_frame(_like(mask, reference), geometry).data.sum(), mask[:, :, start[2]:start[2]+size[2]].sum()
     fill = {n: -1024. if _is_ct(n) else 0. for n in parts}
-    return {n: into_frame(p.volume, geometry, fill=fill[n]) for n, p in parts.items()}, geometry, float(1-inside/mask.sum())
+    return {n: into_frame(p.volume, geometry, fill=fill[n]) for n, p in parts.items()}, geometry, float(1-inside/shown)
 
 # %% ../../nbs/2_data/23_prepare.ipynb #a8373610
 def _stem(name): return re.sub(r'[^\w.+-]+', '_', name).strip('._') or 'subject'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3f096f5a
+# %% ../../nbs/2_data/23_prepare.ipynb #b3cbbbcc
 def _pictures(job, parts, aligned, fits):
     "A checkerboard before and after each registration"
     from i2i_mamba_nb.data.register import show_registration
-    for m, f in fits.items():
+    for m in fits:
         path = job.out/'pictures'/f'{_stem(job.name)}-{_stem(m)}.png'
         fixed = parts[job.reference].volume
         _save(show_registration(fixed, resample(parts[m].volume, fixed), aligned[m].volume), path)
