@@ -75,8 +75,8 @@ def main():
     folder = plan.write(a.out/'raw', patients=[p.patient for p in plan.patients][:a.subjects])
     cohort = propose_manifest(folder)
     few = subset(cohort, a.few, a.out/'few.csv')
-    rows = {f'{a.few} subjects, {w} processes': measured(few, a.out/f'few-{w}', a.steps, w) for w in (1, 2)}
     row = measured(subset(cohort, a.subjects, a.out/'all.csv'), a.out/'all', a.steps, 2)
+    rows = {f'{a.few} subjects, {w} processes': measured(few, a.out/f'few-{w}', a.steps, w) for w in (1, 2)}
     one, two = (rows[f'{a.few} subjects, {w} processes']['seconds'] for w in (1, 2))
     row['bars'] = [bar('peak GB of all processes', row['peak_bytes']/1e9, at_most=3), bar('two processes over one', one/two, at_least=1.6)]
     rows[f'{a.subjects} subjects, 2 processes'] = row

@@ -235,7 +235,8 @@ def test_steps_from_a_file_go_on_and_redo_only_what_depends(made, tmp_path, say)
     (tmp_path/'steps.json').write_text('{"size": [16, 20], "slices": 5}')
     words = ['prepare', made/'manifest.csv', '--steps', tmp_path/'steps.json', '--out', tmp_path/'out', '--workers', 1]
     status, out, err = say(*words)
-    assert status == 0 and read_volume(tmp_path/'out'/'volumes'/'p1'/'T1.nii.gz').shape == (16, 20, 5), err
+    assert status == 0, err
+    assert {read_volume(p).shape for p in (tmp_path/'out'/'volumes').glob('p1-*/*.nii.gz')} == {(16, 20, 5)}
     before = {p: p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file() and p.name != 'log.csv'}
     assert say(*words)[0] == 0 and all(p.read_bytes() == b for p, b in before.items())
     rows = list(csv.DictReader((tmp_path/'out'/'log.csv').open(newline='')))
@@ -263,6 +264,22 @@ def test_private_stacks_become_a_cohort(tmp_path, say):
     assert status == 0, err
     cohort = read_manifest(tmp_path/'stacks-prepared'/'manifest.csv')
     assert len(cohort.subjects) == 4 and read_volume(cohort.subjects[0].paths['T1']).shape == (22, 26, 3)
+    assert sorted(s.split for s in cohort.subjects) == ['test', 'train', 'train', 'validation']
+    one_sentence(*say('prepare', tmp_path/'stacks-prepared'/'manifest.csv', '--seed', 3)[::2], '--seed', 'a folder to read')
+
+def test_a_prepared_folder_inside_the_data_is_not_read_as_data(tmp_path, say):
+    raw = preset('pelvis-like', subjects=3).write(tmp_path/'raw')
+    for _ in range(2): assert say('prepare', raw, '--steps', write_steps(tmp_path), '--out', raw/'prep'/'mine.csv')[0] == 0
+    assert len(read_manifest(raw/'prep'/'mine.csv').subjects) == 3
+
+def write_steps(folder):
+    (folder/'s.json').write_text('{"slices": 6}')
+    return folder/'s.json'
+
+def test_splits_of_a_manifest_stay_unless_named(made, tmp_path, say):
+    assert say('prepare', made/'manifest.csv', '--test', 'p1', '--out', tmp_path/'m.csv')[0] == 0
+    splits = {s.patient: s.split for s in read_manifest(tmp_path/'m.csv').subjects}
+    assert splits == dict(p1='test', p2='train', p3='validation', p4='test')
 
 def test_a_papers_split(tmp_path, say):
     raw = preset('pelvis-like', subjects=2).write(tmp_path/'raw')

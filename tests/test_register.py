@@ -33,6 +33,11 @@ def head():
     return simulate_subject(31, spacing=2., contrasts=('T1', 'T2', 'PD', 'FLAIR', 'CT'))
 
 @pytest.fixture(scope='module')
+def low(head):
+    "The same head on 3 mm voxels, for what takes several registrations"
+    return simulate_subject(31, spacing=3., contrasts=('T1', 'T2', 'PD', 'FLAIR', 'CT'))
+
+@pytest.fixture(scope='module')
 def fine(): return simulate_subject(32, spacing=(1.2, 1.2, 1.5), contrasts=('T1', 'T2'), site=1)
 
 def volume(p, name): return Volume(p.images[name], p.affine)
@@ -93,63 +98,69 @@ def test_resample_keeps_labels_header_and_grid(head):
         with pytest.raises(ConfigError, match='matrix'): resample(labels, like, bad)
 
 # ---------------------------------------------------------------- registration
-@pytest.mark.parametrize(('a', 'b'), [('T1', 'T2'), ('T2', 'PD'), ('T1', 'FLAIR')])
-@pytest.mark.parametrize('true', [RIGID, AFFINE, FAR], ids=['rigid', 'affine', 'far'])
+MOTIONS = [('T1', 'T2', AFFINE), ('T2', 'PD', RIGID), ('T1', 'FLAIR', AFFINE), ('PD', 'T1', FAR)]
+
+@pytest.mark.parametrize(('a', 'b', 'true'), MOTIONS, ids=['affine', 'rigid', 'affine FLAIR', 'far'])
 def test_known_motion(head, a, b, true):
     r = register(volume(head, a), moving(volume(head, b), true))
     assert not r.refused and r.after > r.before and error(r.matrix, true, points(head)) < .5
 
+def test_lost_header(low):
+    t2 = moving(volume(low, 'T2'), RIGID)
+    lost = about(np.eye(3), (0, 0, 0), (95, -70, 85))
+    r = register(volume(low, 'T1'), Volume(t2.data, lost@t2.affine))
+    assert not r.refused and error(r.matrix, lost@RIGID, points(low)) < .5
+
 @pytest.mark.parametrize('true', [RIGID, FAR], ids=['rigid', 'far'])
-def test_ct_to_mr(head, true):
-    assert error(register(volume(head, 'CT'), moving(volume(head, 'T1'), true)).matrix, true, points(head)) < 1
-    assert error(register(volume(head, 'T1'), moving(volume(head, 'CT'), true)).matrix, true, points(head)) < 1
+def test_ct_to_mr(low, true):
+    a, b = ('CT', 'T1') if true is RIGID else ('T1', 'CT')
+    assert error(register(volume(low, a), moving(volume(low, b), true)).matrix, true, points(low)) < .5
 
 def test_other_grids(fine):
     t1, t2, at = volume(fine, 'T1'), volume(fine, 'T2'), points(fine)
     sagittal = np.zeros((4, 4))
     sagittal[:3, :3] = rotation(8, -4, 6)@np.array([[0, 0, 1.4], [-1.1, 0, 0], [0, 1.1, 0]])
     sagittal[:3, 3], sagittal[3, 3] = -sagittal[:3, :3]@[88, 80, 64], 1
-    r = register(t1, moving(t2, RIGID, sagittal, (176, 160, 128)))
-    assert error(r.matrix, RIGID, at) < .5
+    r = register(t1, moving(t2, AFFINE, sagittal, (176, 160, 128)))
+    assert error(r.matrix, AFFINE, at) < .5
     thick = np.diag([.9, .9, 4., 1])
     thick[:3, 3] = -80, -97, -78
-    assert error(register(t1, moving(t2, AFFINE, thick, (178, 216, 40))).matrix, AFFINE, at) < .8
     assert error(register(moving(t2, np.eye(4), thick, (178, 216, 40)), moving(t1, RIGID)).matrix, RIGID, at) < .8
 
-def test_cut_fields_of_view(head):
-    t1, t2, at = volume(head, 'T1'), moving(volume(head, 'T2'), RIGID), points(head)
-    for a, b in ((t1, cut(t2, 40, 80)), (cut(t1, 28, 62), t2), (t1, cut(t2, 0, 52, 0)), (cut(t1, 0, 56), cut(t2, 22, 80))):
+def test_cut_fields_of_view(low):
+    t1, t2, at = volume(low, 'T1'), moving(volume(low, 'T2'), RIGID), points(low)
+    for a, b in ((t1, cut(t2, 27, 54)), (cut(t1, 18, 42), t2), (cut(t1, 0, 38), cut(t2, 15, 54, 0))):
         assert error(register(a, b).matrix, RIGID, at) < .8
 
-def test_brain_to_whole_head(head):
-    brain = head.labels['brain'] > .5
-    t1, t2 = volume(head, 'T1'), volume(head, 'T2')
+def test_brain_to_whole_head(low):
+    brain = low.labels['brain'] > .5
+    t1, t2 = volume(low, 'T1'), volume(low, 'T2')
     r = register(Volume(t1.data*brain, t1.affine), moving(t2, RIGID))
-    assert error(r.matrix, RIGID, points(head)) < .5
-    assert error(register(t1, moving(Volume(t2.data*brain, t2.affine), RIGID)).matrix, RIGID, points(head)) < .5
+    assert error(r.matrix, RIGID, points(low)) < .5
+    assert error(register(t1, moving(Volume(t2.data*brain, t2.affine), RIGID)).matrix, RIGID, points(low)) < .5
 
-@pytest.mark.parametrize('b', ['T2', 'PD', 'CT'])
-def test_aligned_stays_aligned(head, b):
-    r = register(volume(head, 'T1'), volume(head, b))
-    assert error(r.matrix, np.eye(4), points(head)) < (.6 if b == 'CT' else .3) and r.after >= r.before
+@pytest.mark.parametrize('b', ['T2', 'CT'])
+def test_aligned_stays_aligned(low, b):
+    r = register(volume(low, 'T1'), volume(low, b))
+    assert error(r.matrix, np.eye(4), points(low)) < .3 and r.after >= r.before
     if r.refused: assert np.array_equal(r.matrix, np.eye(4)) and r.after == r.before
 
-def test_rigid_only(head):
-    r = register(volume(head, 'T1'), moving(volume(head, 'T2'), AFFINE), rigid=True)
-    assert np.allclose(r.matrix[:3, :3].T@r.matrix[:3, :3], np.eye(3), atol=1e-6) and error(r.matrix, AFFINE, points(head)) < 4
+def test_rigid_only(low):
+    r = register(volume(low, 'T1'), moving(volume(low, 'T2'), AFFINE), rigid=True)
+    assert np.allclose(r.matrix[:3, :3].T@r.matrix[:3, :3], np.eye(3), atol=1e-6) and error(r.matrix, AFFINE, points(low)) < 4
 
 # ---------------------------------------------------------------- refusal
-def test_noise_and_strangers_are_refused(head):
+def test_noise_and_strangers_are_refused(low):
     rng = numpy_rng(0, 'noise')
-    noise = Volume(rng.standard_normal(head.images['T1'].shape).astype(np.float32), head.affine)
-    smooth = Volume(gaussian_filter(noise.data, 3), head.affine)
+    noise = Volume(rng.standard_normal(low.images['T1'].shape).astype(np.float32), low.affine)
+    smooth = Volume(gaussian_filter(noise.data, 3), low.affine)
     for n in (noise, smooth):
-        r = register(n, volume(head, 'T2'))
+        r = register(n, volume(low, 'T2'))
         assert r.refused and np.array_equal(r.matrix, np.eye(4)) and r.before == r.after
 
-def test_worse_is_refused(head, monkeypatch):
+def test_worse_is_refused(low, monkeypatch):
     import i2i_mamba_nb.data.register as module
-    t1, t2 = volume(head, 'T1'), volume(head, 'T2')
+    t1, t2 = volume(low, 'T1'), volume(low, 'T2')
     wrong = {'fell from': about(np.eye(3), (0, 0, 0), (2, 0, 0)), 'stretches by 0.50': about(.5*np.eye(3), (0, 0, 0)),
         'quarter of the head': about(np.eye(3), (0, 0, 0), (400, 0, 0)), 'stretches': np.diag([-1., 1, 1, 1])}
     for words, matrix in wrong.items():
@@ -160,12 +171,12 @@ def test_worse_is_refused(head, monkeypatch):
     monkeypatch.setattr(module, '_align', stuck)
     assert 'All samples map outside' in module.register(t1, t2).refused
 
-def test_one_evaluator_for_before_and_after(head):
-    t1, t2 = volume(head, 'T1'), moving(volume(head, 'T2'), RIGID)
+def test_one_evaluator_for_before_and_after(low):
+    t1, t2 = volume(low, 'T1'), moving(volume(low, 'T2'), RIGID)
     before, after = information_gain(t1, t2, RIGID)
     assert before == information_gain(t1, t2, np.eye(4))[1] or abs(before-information_gain(t1, t2, np.eye(4))[1]) < .05
     assert np.isclose(*information_gain(t1, t2, np.eye(4))) and after > 1.5*before
-    inside = head.labels['brain'] > .5
+    inside = low.labels['brain'] > .5
     gain = [mutual_information(t1.data, resample(t2, t1, m).data, inside) for m in (None, RIGID)]
     assert gain[1] > 1.5*gain[0]
     lost = Volume(t2.data, about(np.eye(3), (0, 0, 0), (900, 0, 0))@t2.affine)
@@ -189,7 +200,7 @@ from i2i_mamba_nb.data.phantom import simulate_subject
 from i2i_mamba_nb.data.register import about, n4, register, resample
 from i2i_mamba_nb.data.volume import Volume
 sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(int(sys.argv[1]))
-p = simulate_subject(5, spacing=4., contrasts=('T1', 'T2'))
+p = simulate_subject(5, spacing=5., contrasts=('T1', 'T2'))
 a, b = (Volume(p.images[m], p.affine) for m in ('T1', 'T2'))
 b = Volume(b.data, about(np.eye(3), (0, 0, 0), (6, -5, 4))@b.affine)
 r = register(a, b)
@@ -200,7 +211,7 @@ print(sitk.ProcessObject.GetGlobalDefaultNumberOfThreads() == int(sys.argv[1]))
 
 def test_same_bytes_whatever_the_threads():
     said = set()
-    for n in ('1', '2', '7'):
+    for n in ('1', '3'):
         env = dict(OMP_NUM_THREADS=n, OPENBLAS_NUM_THREADS=n, ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=n, PYTHONHASHSEED='0', PATH='')
         said.add(subprocess.run([sys.executable, '-c', PROGRAM, n], capture_output=True, text=True, check=True, env=env).stdout)
     assert len(said) == 1

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['app', 'PLAIN', 'PREPARE', 'SHORT', 'PACKAGES', 'options', 'main', 'read_setting', 'parse_settings', 'columns_text',
-           'named_splits', 'with_splits', 'found_cohort', 'cohort_text', 'with_options', 'manifest_place', 'prepared',
-           'prepare', 'check_failures', 'run_config', 'remembered', 'check_buildable', 'train_run', 'train', 'resume',
-           'source_paths', 'study_outputs', 'predict', 'predict_files', 'predict_split', 'baselines_of', 'evaluate_run',
-           'evaluate', 'template_file', 'diagnosis', 'diagnosis_text', 'doctor', 'demo']
+           'named_splits', 'with_splits', 'check_unused', 'found_cohort', 'cohort_text', 'with_options',
+           'manifest_place', 'prepared', 'prepare', 'next_command', 'check_failures', 'run_config', 'remembered',
+           'check_buildable', 'train_run', 'train', 'resume', 'source_paths', 'study_outputs', 'predict',
+           'predict_files', 'predict_split', 'baselines_of', 'evaluate_run', 'evaluate', 'template_file', 'diagnosis',
+           'diagnosis_text', 'doctor', 'demo']
 
 # %% ../../nbs/8_app/89_cli.ipynb #9de8246a
 import contextlib
@@ -155,11 +156,13 @@ def named_splits(
             hint='Add them to --train, --validation or --test, or leave --train out: the rest then trains.')
     return {p: out.get(p, 'train') for p in patients} if out else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #7c8a4788
+# %% ../../nbs/8_app/89_cli.ipynb #a7e4a586
 def with_splits(
     cohort,         # a Cohort
     named,          # dict split -> names with commas, or None
-    paper=None,     # a name of PAPER_SPLITS, which goes first
+    paper=None,     # a name of PAPER_SPLITS, in place of names
+    *,
+    keep=False,     # whether patients in no list keep the split they have; otherwise they train
 ):
     "The cohort with its patients in the named splits; unchanged where nothing is named. Raises CohortError, ConfigError"
     from i2i_mamba_nb.core import ConfigError
@@ -168,9 +171,20 @@ def with_splits(
         raise ConfigError('splits', given='--paper-split and named patients', expected='one of the two', hint='Leave one out.')
     if paper: return paper_split(cohort, paper)
     splits = named_splits(sorted({s.patient for s in cohort.subjects}), named)
-    return replace(cohort, subjects=tuple(replace(s, split=splits[s.patient]) for s in cohort.subjects)) if splits else cohort
+    listed = {n.strip() for names in named.values() for n in (names or '').split(',')}
+    new = lambda s: s.split if keep and s.patient not in listed else splits[s.patient]
+    return replace(cohort, subjects=tuple(replace(s, split=new(s)) for s in cohort.subjects)) if splits else cohort
 
-# %% ../../nbs/8_app/89_cli.ipynb #46700a9b
+# %% ../../nbs/8_app/89_cli.ipynb #b4f99c51
+def check_unused(options):
+    "ConfigError for options that say how a folder is read or split where a manifest says so already"
+    from i2i_mamba_nb.core import ConfigError
+    for name in ('pattern', 'layout', 'fractions', 'seed', 'slices_per_patient'):
+        if options[name] == PREPARE[name][1]: continue
+        raise ConfigError(f'--{name.replace("_", "-")}', given=options[name], expected='a folder to read',
+            hint='A manifest names its files and splits already: leave the option out, or prepare the folder.')
+
+# %% ../../nbs/8_app/89_cli.ipynb #a5ddaf95
 def found_cohort(
     source,         # folder, or manifest
     home,           # folder for volumes that are made of .mat, .png or .npy files
@@ -181,17 +195,20 @@ def found_cohort(
     from i2i_mamba_nb.data.archives import propose_manifest
     from i2i_mamba_nb.data.cohort import read_manifest
     from i2i_mamba_nb.data.imports import detect_import, import_folder
-    if source.is_file(): return read_manifest(source)
+    if source.is_file():
+        check_unused(options)
+        return read_manifest(source)
     if not source.is_dir():
         raise CohortError(f'folder {source}', given='no such folder', expected='a folder of volumes, or a manifest', hint='Check the path.')
     pattern, layout, per_patient = (options[k] for k in ('pattern', 'layout', 'slices_per_patient'))
     if not pattern and not layout and detect_import(source):
-        return read_manifest(import_folder(source, home, slices_per_patient=per_patient))
+        return read_manifest(import_folder(source, home/'imported', slices_per_patient=per_patient, fractions=options['fractions'],
+            seed=options['seed']))
     named = any(options[k] for k in ('train', 'validation', 'test', 'paper_split'))
     fractions = (1., 0., 0.) if named else options['fractions']
     return propose_manifest(source, pattern, layout=layout, fractions=fractions, seed=options['seed'], skip_damaged=True)
 
-# %% ../../nbs/8_app/89_cli.ipynb #82c3a7d5
+# %% ../../nbs/8_app/89_cli.ipynb #8d7a19d5
 def cohort_text(
     cohort,         # as `prepare` found it
 ):
@@ -200,11 +217,11 @@ def cohort_text(
     info, lines = cohort.info, [columns_text(rows), '']
     lines += [f'warning: {p} has no {", ".join(m)}' for p, m in info.get('missing', {}).items()]
     lines += [f'warning: files of {p} lie on different grids: {", ".join(f)}' for p, f in info.get('mismatched', {}).items()]
-    lines += [f'warning: {s.patient} {s.session}'.strip()+f': {s.notes}' for s in cohort.subjects if s.notes]
+    lines += [f'note: {s.key}: {s.notes}' for s in cohort.subjects if s.notes]
     if rest := info.get('unmatched'): lines += [f'{len(rest)} other files were left out, {rest[0]} for one']
     return '\n'.join(lines).rstrip()
 
-# %% ../../nbs/8_app/89_cli.ipynb #b96d85c7
+# %% ../../nbs/8_app/89_cli.ipynb #92fdb3fd
 def with_options(table):
     "Decorator: give a command one option per row of a table name -> (type, default, help); they arrive as keywords"
     def wrap(f):
@@ -215,7 +232,7 @@ def with_options(table):
         return f
     return wrap
 
-# %% ../../nbs/8_app/89_cli.ipynb #118c8a6c
+# %% ../../nbs/8_app/89_cli.ipynb #b2d1e08e
 PREPARE = {
     'pattern': (str | None, None, 'Path below the folder, see the examples; known layouts are tried without it.'),
     'layout': (str | None, None, 'Name of an archive whose file names are followed, e.g. ixi or brats2021.'),
@@ -230,7 +247,7 @@ PREPARE = {
     'look': (bool, True, 'Measure the shift between modalities.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #d84d2e8c
+# %% ../../nbs/8_app/89_cli.ipynb #7b04e471
 def _bar(work):
     "A function that moves a progress bar over subjects; on the main process of a terminal only"
     from tqdm.auto import tqdm
@@ -251,7 +268,7 @@ def manifest_place(
     folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
     return (folder.with_name(folder.name+'-prepared') if made else folder)/('manifest.csv' if source.is_dir() or made else source.name)
 
-# %% ../../nbs/8_app/89_cli.ipynb #063ffcdf
+# %% ../../nbs/8_app/89_cli.ipynb #83af0c35
 def prepared(
     cohort,         # a Cohort
     steps,          # a name of STEPS, 'none', a JSON file, or None: what is needed
@@ -261,17 +278,17 @@ def prepared(
     look=True,      # whether to measure shifts where nothing is changed
 ):
     "(cohort, dict subject -> what failed, path of the manifest)"
-    from i2i_mamba_nb.data.prepare import look_at_cohort, needs_work, prepare_cohort, read_steps
+    from i2i_mamba_nb.data.prepare import STEPS, look_at_cohort, needs_work, prepare_cohort, read_steps
     chosen, before = None if steps == 'none' else read_steps(steps or 'grid'), cohort.info.get('failed', {})
     if chosen is not None and needs_work(cohort, chosen):
         path = place(True)
         done = prepare_cohort(cohort, path.parent, chosen, workers=workers, progress=_bar('prepare'))
         return done.cohort, before | done.failures, path
-    if look: cohort, failures = look_at_cohort(cohort, workers=workers, progress=_bar('look'))
+    if look: cohort, failures = look_at_cohort(cohort, chosen or STEPS['grid'], workers=workers, progress=_bar('look'))
     else: failures = {}
     return cohort, before | failures, place(False)
 
-# %% ../../nbs/8_app/89_cli.ipynb #702a310e
+# %% ../../nbs/8_app/89_cli.ipynb #f8458c6b
 @app.command()
 @with_options(PREPARE)
 def prepare(
@@ -297,23 +314,31 @@ def prepare(
     from i2i_mamba_nb.app.report import cohort_page
     from i2i_mamba_nb.data.cohort import write_manifest
     cohort = found_cohort(source, manifest_place(source, out, True).parent, **options)
-    cohort = with_splits(cohort, {k: options[k] for k in ('train', 'validation', 'test')}, options['paper_split'])
+    splits = {k: options[k] for k in ('train', 'validation', 'test')}
+    cohort = with_splits(cohort, splits, options['paper_split'], keep=source.is_file())
     place = lambda made: manifest_place(source, out, made or cohort.root != source and source.is_dir())
     cohort, failures, path = prepared(cohort, steps, place, workers=options['workers'], look=options['look'])
     write_manifest(path, cohort)
     typer.echo(f'{cohort_text(cohort)}\nwrote {path} and {cohort_page(path, cohort)}')
     check_failures(failures, path)
-    *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
-    if sources: typer.echo(f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}')
+    typer.echo(next_command(cohort, path))
 
-# %% ../../nbs/8_app/89_cli.ipynb #33957760
+# %% ../../nbs/8_app/89_cli.ipynb #9a11fded
+def next_command(cohort, path):
+    "What can be done with a manifest, as a line"
+    *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
+    if cohort.info.get('unpaired'): return 'next: the modalities are not paired: data.slices.UnpairedSlices, no paired training'
+    if not sources: return 'next: nothing to train, no two modalities that every subject has'
+    return f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}'
+
+# %% ../../nbs/8_app/89_cli.ipynb #229f5ecd
 def check_failures(failures, path):
     "CohortError that lists every subject that failed, where there is one"
     from i2i_mamba_nb.core import CohortError
     if failures: raise CohortError(f'{len(failures)} subjects', given='; '.join(f'{n}: {e}' for n, e in failures.items()),
         expected='files that can be prepared', hint=f'All others are in {path}.')
 
-# %% ../../nbs/8_app/89_cli.ipynb #e3d963d3
+# %% ../../nbs/8_app/89_cli.ipynb #7f15f51e
 SHORT = {
     'preset': (str, 'laptop', 'Scale of network and training: smoke, laptop or paper.'),
     'network': (str, 'i2i_mamba', 'Registered generator, see doctor.'),
@@ -323,7 +348,7 @@ SHORT = {
     'seed': (int, 0, 'Of weights, order and crops.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #1d22d4b2
+# %% ../../nbs/8_app/89_cli.ipynb #f0911735
 def run_config(
     sources,        # modalities that go in, with commas
     target,         # modality that comes out
@@ -347,7 +372,7 @@ def run_config(
         asked['network_args'] = switches[ablation] | asked.get('network_args', {})
     return preset_config(asked.pop('preset'), **asked)
 
-# %% ../../nbs/8_app/89_cli.ipynb #a54a5deb
+# %% ../../nbs/8_app/89_cli.ipynb #6c299246
 def _main_process(): "Is this the first of several processes, or the only one?"; return os.environ.get('RANK', '0') == '0'
 
 @contextlib.contextmanager
@@ -366,7 +391,7 @@ def remembered(
             with contextlib.suppress(OSError): note.unlink()
             with contextlib.suppress(OSError): was or Path(out).rmdir()
 
-# %% ../../nbs/8_app/89_cli.ipynb #30eea7b9
+# %% ../../nbs/8_app/89_cli.ipynb #d107e4dc
 def check_buildable(config):
     "Refuse unknown settings of networks and recipe before any volume is read; nothing is allocated. Raises ConfigError"
     import torch
@@ -374,7 +399,7 @@ def check_buildable(config):
     from i2i_mamba_nb.engine.train import build_recipe
     with torch.device('meta'): build_recipe(config)
 
-# %% ../../nbs/8_app/89_cli.ipynb #82a34a36
+# %% ../../nbs/8_app/89_cli.ipynb #bdfeb900
 def train_run(
     config,         # a TrainConfig
     manifest,       # path
@@ -397,7 +422,7 @@ def train_run(
         typer.echo(f'{done["steps"]} steps in {done["seconds"]:.0f} s, weights in {Path(out)/"weights.safetensors"}')
         typer.echo(f'next: i2i-mamba evaluate {out} {manifest}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #063c02a4
+# %% ../../nbs/8_app/89_cli.ipynb #9ab1f7ee
 @app.command()
 @with_options(SHORT)
 def train(
@@ -424,7 +449,7 @@ def train(
     """
     train_run(run_config(sources, target, settings or (), **short), manifest, out)
 
-# %% ../../nbs/8_app/89_cli.ipynb #11aa470f
+# %% ../../nbs/8_app/89_cli.ipynb #5659d392
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help='Folder of a run that was interrupted.')],
@@ -443,7 +468,7 @@ def resume(
     config = from_dict(TrainConfig, read_json(run/'config.json'))
     train_run(config, manifest or read_json(run/'command.json')['manifest'], run)
 
-# %% ../../nbs/8_app/89_cli.ipynb #1d16fd14
+# %% ../../nbs/8_app/89_cli.ipynb #6e8e7b16
 def source_paths(
     pairs,          # words NAME=path
     known,          # modalities that the run takes
@@ -467,7 +492,7 @@ def source_paths(
             hint=f'Add --source {lacking[0]}=file.nii.gz; the run was trained with it and has no substitute.')
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #68bbe48e
+# %% ../../nbs/8_app/89_cli.ipynb #069ae90d
 def study_outputs(
     subjects,       # of a cohort
     target,         # modality that is made
@@ -477,7 +502,7 @@ def study_outputs(
     def name(s): return '_'.join(filter(None, (s.patient, s.session, f'synthetic-{target}')))
     return [(s, Path(folder)/f'{name(s)}.nii.gz') for s in subjects]
 
-# %% ../../nbs/8_app/89_cli.ipynb #1335f656
+# %% ../../nbs/8_app/89_cli.ipynb #35b737b9
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -504,7 +529,7 @@ def predict(
             expected='--source NAME=PATH ... --out FILE, or MANIFEST --out FOLDER', hint='See i2i-mamba predict --help.')
     for path in predict_files(run, source, out) if source else predict_split(run, manifest, split, out): typer.echo(f'wrote {path}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #7889a0be
+# %% ../../nbs/8_app/89_cli.ipynb #83ed27af
 def predict_files(run, source, out):
     "Synthesise from files; yields the path written"
     from i2i_mamba_nb.engine.predict import load_run, predict_subject
@@ -512,7 +537,7 @@ def predict_files(run, source, out):
     predict_subject(run, source_paths(source, list(run.config.sources)), out, progress=_main_process())
     yield out
 
-# %% ../../nbs/8_app/89_cli.ipynb #3ea3a7e0
+# %% ../../nbs/8_app/89_cli.ipynb #b9629df1
 def predict_split(run, manifest, split, out):
     "Synthesise every subject of a split; yields the paths written"
     from i2i_mamba_nb.data.cohort import read_manifest, require
@@ -523,7 +548,7 @@ def predict_split(run, manifest, split, out):
         predict_subject(run, {m: subject.paths[m] for m in sources}, path, progress=_main_process())
         yield path
 
-# %% ../../nbs/8_app/89_cli.ipynb #c9c0e2e7
+# %% ../../nbs/8_app/89_cli.ipynb #3e650e32
 def baselines_of(
     cohort,         # a Cohort
     sources,        # modalities
@@ -536,7 +561,7 @@ def baselines_of(
     made = fit_copy(cohort, sources, target), fit_mean_image(cohort, sources, target), fit_pixel_mlp(cohort, sources, target, seed=seed)
     return {b.name: b for b in made}
 
-# %% ../../nbs/8_app/89_cli.ipynb #7587d8a3
+# %% ../../nbs/8_app/89_cli.ipynb #4c038697
 def evaluate_run(folder, manifest, split, out, baselines):
     "(Assessment, path of the page) of a run on a split. Raises I2IError"
     from i2i_mamba_nb.app.report import assess, evaluation_page
@@ -555,7 +580,7 @@ def evaluate_run(folder, manifest, split, out, baselines):
     log = {run.config.network: Path(folder)/'log.csv'} if (Path(folder)/'log.csv').exists() else {}
     return found, evaluation_page(out, title, found, facts, logs=log, files={'card.json': 'protocol, versions, settings'})
 
-# %% ../../nbs/8_app/89_cli.ipynb #a4461f0d
+# %% ../../nbs/8_app/89_cli.ipynb #1b07bc5c
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -578,11 +603,11 @@ def evaluate(
     if baselines and len(found.summary) == 1: typer.echo('no training subject in the manifest: baselines left out', err=True)
     typer.echo(f'{columns_text(results_rows(found.summary))}\nwrote {page}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #01a0ebc2
+# %% ../../nbs/8_app/89_cli.ipynb #6f015991
 PACKAGES = ('numpy', 'scipy', 'einops', 'safetensors', 'nibabel', 'SimpleITK', 'scikit-image', 'scikit-learn', 'nilearn', 'pandas',
     'matplotlib', 'accelerate', 'triton', 'mamba-ssm')
 
-# %% ../../nbs/8_app/89_cli.ipynb #2d4fe47c
+# %% ../../nbs/8_app/89_cli.ipynb #69913337
 def _package_versions():
     "dict package -> version, or 'not installed'"
     from importlib import metadata
@@ -594,7 +619,7 @@ def _package_versions():
         except metadata.PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #13a6aa8f
+# %% ../../nbs/8_app/89_cli.ipynb #94592e2d
 def _machine():
     "dict: what the computer has"
     import psutil
@@ -607,7 +632,7 @@ def _machine():
         memory=f'{memory.total/gb:.1f} GB, {memory.available/gb:.1f} GB free', accelerator=', '.join(gpu) or 'none',
         disk=f'{free_bytes(Path.cwd())/gb:.1f} GB free here')
 
-# %% ../../nbs/8_app/89_cli.ipynb #e079acfb
+# %% ../../nbs/8_app/89_cli.ipynb #b0f8220c
 def template_file():
     "Path of the MNI152 template inside nilearn, or None"
     from importlib.util import find_spec
@@ -615,7 +640,7 @@ def template_file():
     folder = Path(spec.origin).parent/'datasets'/'data' if spec else None
     return next(iter(sorted(folder.glob('*t1*nii.gz'))), None) if folder else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #83dd4eba
+# %% ../../nbs/8_app/89_cli.ipynb #07ef5de4
 def diagnosis():
     "dict section -> dict name -> state: what works here"
     from i2i_mamba_nb.core import networks, recipes
@@ -626,11 +651,11 @@ def diagnosis():
     return {'versions': _package_versions(), 'machine': _machine(), 'scan backends': scans, 'registry': records,
         'data': {'template': str(found) if found else 'missing: pip install --force-reinstall nilearn'}}
 
-# %% ../../nbs/8_app/89_cli.ipynb #97a4dbe9
+# %% ../../nbs/8_app/89_cli.ipynb #b2454209
 def diagnosis_text(sections): "A diagnosis as indented lines"; return '\n'.join(
     f'{title}\n' + '\n'.join(f'  {k:<16} {v}' for k, v in entries.items()) for title, entries in sections.items())
 
-# %% ../../nbs/8_app/89_cli.ipynb #b4b611e4
+# %% ../../nbs/8_app/89_cli.ipynb #ccad1b4d
 @app.command()
 def doctor():
     """Say what works on this machine.
@@ -647,7 +672,7 @@ def doctor():
         typer.echo('something that is needed is missing, see above', err=True)
         raise typer.Exit(2)
 
-# %% ../../nbs/8_app/89_cli.ipynb #ea8d187b
+# %% ../../nbs/8_app/89_cli.ipynb #ffb6bba3
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help='Folder for everything; the cohort in it is used again.')] = Path('out'),
@@ -672,5 +697,5 @@ def demo(
         raise typer.Exit(130) from None
     typer.echo(next_steps(page))
 
-# %% ../../nbs/8_app/89_cli.ipynb #44d86264
+# %% ../../nbs/8_app/89_cli.ipynb #577568c8
 if __name__ == '__main__' and globals().get('__package__') == 'i2i_mamba_nb.app': sys.exit(main())

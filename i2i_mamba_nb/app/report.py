@@ -420,7 +420,7 @@ def evaluation_page(
     return write_report(folder, title=title, tables=tables, figures=pictures, card=card, notes=notes, files=files,
         simulated=card.get('simulated'))
 
-# %% ../../nbs/8_app/87_report.ipynb #2df37b24
+# %% ../../nbs/8_app/87_report.ipynb #192a5f44
 def _registration_rows(info):
     "One row per registered image: mutual information before and after, and the shift that is left"
     shifts = info.get('shifts', {})
@@ -428,12 +428,12 @@ def _registration_rows(info):
         shift=', '.join(f'{s:.2f}' for s in shifts.get(n, {}).get(m, ()))) for n, fits in info.get('registration', {}).items()
         for m, r in fits.items()]
 
-def _checkerboards(folder, shown):
-    "Pictures that `prepare` left beside the volumes"
-    for path in sorted((folder/'pictures').glob('*.png'))[:shown]:
-        yield Picture('Registration', path.read_bytes(), f'checkerboards before and after the registration of {path.stem}', path.stem)
+def _checkerboards(folder, drawn, shown):
+    "Pictures that `prepare` drew for subjects of this cohort"
+    for name, path in [(f'{n}, {m}', p) for n, paths in drawn.items() for m, p in paths.items()][:shown]:
+        yield Picture('Registration', (folder/path).read_bytes(), f'checkerboards before and after the registration of {name}', name)
 
-# %% ../../nbs/8_app/87_report.ipynb #3993db76
+# %% ../../nbs/8_app/87_report.ipynb #a1b4a331
 def cohort_page(
     manifest,       # path of the written manifest; the page lies beside it
     cohort,         # its Cohort
@@ -449,6 +449,7 @@ def cohort_page(
         'Notes': [dict(subject=s.key, note=s.notes) for s in cohort.subjects if s.notes]}
     drawn = save_figure(contact_sheet(cohort, n=shown))
     sheet = Picture('Contact sheet', drawn, 'one slice of each modality of some patients', 'Front up.')
+    boards = _checkerboards(manifest.parent, info.get('pictures', {}), shown)
     return write_report(manifest.parent/f'{manifest.stem}-page', title=f'Cohort of {len(cohort.subjects)} subjects',
-        tables=[Table(h, rows) for h, rows in found.items() if rows], figures=[sheet, *_checkerboards(manifest.parent, shown)],
+        tables=[Table(h, rows) for h, rows in found.items() if rows], figures=[sheet, *boards],
         card=info.get('preparation'), simulated=info.get('simulated'))

@@ -5,12 +5,13 @@ __all__ = ['MAX_PIXELS', 'MAX_PICTURES', 'COPY', 'BROKEN', 'CLASSES', 'STORED', 
            'oriented', 'open_mat', 'open_npy', 'PngHead', 'read_png', 'panels', 'open_pngs', 'ImportOptions', 'Piece',
            'pairing', 'import_mat', 'import_npy', 'import_pngs', 'detect_import', 'import_folder']
 
-# %% ../../nbs/2_data/26_imports.ipynb #7856330b
+# %% ../../nbs/2_data/26_imports.ipynb #03dc64dd
 import contextlib
 import functools
 import hashlib
 import io
 import math
+import os
 import re
 import shutil
 import struct
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import CohortError, ConfigError, check_choice, from_dict
-from .archives import ALIASES, find_volumes, modality_name
+from .archives import ALIASES, find_volumes, mark, modality_name
 from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, hash_path, natural_key, split_patients, write_manifest
 from .volume import MAX_VOXELS, Volume, VolumeError, write_volume
 
@@ -473,11 +474,12 @@ def _subjects(stacks, plans, out, options):
             paths[name] = _write_piece(out, piece, name, pictures, options.spacing)
         yield Subject(piece.patient, piece.split, paths, piece.session)
 
-# %% ../../nbs/2_data/26_imports.ipynb #36623d2c
+# %% ../../nbs/2_data/26_imports.ipynb #fcda6940
 @contextlib.contextmanager
 def _part(out):
     "A hidden folder to write to, emptied before and removed after"
-    part = out/'.part'
+    mark(out)
+    part = out/f'.part-{os.getpid()}'
     shutil.rmtree(part, ignore_errors=True)
     try: yield part
     finally: shutil.rmtree(part, ignore_errors=True)

@@ -376,7 +376,7 @@ def _begin(fixed, moving, level, scale, seed):
         except RuntimeError: continue       # SimpleITK: the images do not overlap there
     return max([*ends, starts[int(scores.argmax())]], key=lambda m: _score(level, m, needed))
 
-# %% ../../nbs/2_data/27_register.ipynb #191adbaf
+# %% ../../nbs/2_data/27_register.ipynb #fb971dac
 def _align(fixed, moving, levels, scale, seed, rigid):
     "Matrix of the two-stage registration and the last look"
     found, centre = _begin(fixed, moving, levels[0], scale, seed), fixed.centre
@@ -390,7 +390,7 @@ def _align(fixed, moving, levels, scale, seed, rigid):
         found = _climb(level, 'AffineTransform', found, centre, step=.5*scale, stop=stop*scale, seed=seed)
     if not sharp: return found
     bent, better = _sharpen(sharp, max(found, stiff, key=sharp), 12, scale)
-    return bent if better > 1.01*value else stiff
+    return bent if better > (1.05 if fixed.ct or moving.ct else 1.01)*value else stiff
 
 # %% ../../nbs/2_data/27_register.ipynb #d7cfa5b1
 def register(
@@ -614,7 +614,7 @@ def _priors(images, mask, matrix):
     b = np.stack([_mapped(gaussian_filter(m, 1.), matrix, first)[mask] for m in _template()[2]], 1)+.02
     return b/b.sum(1, keepdims=True)
 
-# %% ../../nbs/2_data/27_register.ipynb #61815620
+# %% ../../nbs/2_data/27_register.ipynb #11111f0c
 def tissue_classes(
     images,         # dict: name -> MR Volume; one or several contrasts, all on one grid
     mask,           # nonzero inside the brain, on that grid
@@ -634,6 +634,9 @@ def tissue_classes(
     few = numpy_rng(0, 'tissue').integers(len(x), size=80_000)
     p = np.zeros((3, *mask.shape), np.float32)
     p[:, mask] = _posterior(x, prior, *_mixture(x[few], prior[few])).T
-    if smooth: p = np.stack([gaussian_filter(v, smooth)*mask for v in p])
-    p /= np.maximum(p.sum(0), 1e-6)
-    return np.where(mask, p.argmax(0)+1, 0).astype(np.uint8), p
+    if smooth:
+        for v in p: v[:] = gaussian_filter(v, smooth)*mask
+        p /= np.maximum(p.sum(0), 1e-6)
+    codes = np.zeros(mask.shape, np.uint8)
+    codes[mask] = p[:, mask].argmax(0)+1
+    return codes, p

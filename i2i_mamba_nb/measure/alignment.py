@@ -10,10 +10,10 @@ import numpy as np
 from ..core import ConfigError, ShapeError, numpy_rng
 from .metrics import _array, head_mask
 
-# %% ../../nbs/3_measure/34_alignment.ipynb #8b70d322
-def _images(a, b, mask):
-    "Both images as float64 arrays of one shape, and the mask as booleans (None: everywhere)"
-    a, b = _array(a, 'a'), _array(b, 'b')
+# %% ../../nbs/3_measure/34_alignment.ipynb #6a42cbe0
+def _images(a, b, mask, dtype=np.float64):
+    "Both images as arrays of one shape, and the mask as booleans (None: everywhere)"
+    a, b = (_array(v, name).astype(dtype, copy=False) for name, v in (('a', a), ('b', b)))
     for name, other in (('b', b), *([] if mask is None else [('mask', np.asarray(mask))])):
         if other.shape != a.shape:
             raise ShapeError(name, given=f'shape {other.shape}', expected=f"a's {a.shape}", hint='Bring both to one grid first.')
@@ -92,13 +92,13 @@ def looks_like_ct(
     low = data < -500
     return bool(low.mean() >= .01 and data.min() >= -4000)
 
-# %% ../../nbs/3_measure/34_alignment.ipynb #40a99a13
+# %% ../../nbs/3_measure/34_alignment.ipynb #f10633f9
 def _depth(image):
     "Distance in voxels to the outline of head, brain or body, from every second voxel of long axes"
     from scipy.ndimage import distance_transform_edt
     step = [2 if n > 48 else 1 for n in image.shape]
     small = image[tuple(slice(None, None, s) for s in step)]
-    depth = distance_transform_edt(head_mask(small, kind='ct' if looks_like_ct(small) else 'mri'), sampling=step).astype(np.float32)
+    depth = distance_transform_edt(head_mask(small, kind='ct' if looks_like_ct(small) else 'mri'), sampling=step).astype(np.float16)
     for axis, (n, s) in enumerate(zip(image.shape, step, strict=True)): depth = depth.repeat(s, axis)[(slice(None),)*axis+(slice(0, n),)]
     return depth
 
@@ -116,11 +116,11 @@ def _interior(a, b, mask, reach):
         if inside.sum() >= .1*smaller: return inside
     return room
 
-# %% ../../nbs/3_measure/34_alignment.ipynb #e09856e1
+# %% ../../nbs/3_measure/34_alignment.ipynb #f45e1812
 def _ranked(x, inside, bins, levels=4096):
     "Codes 0 to bins-1 of equally many interior voxels each (ties stay together), for every voxel of a slightly smoothed image"
     from scipy.ndimage import gaussian_filter
-    x = gaussian_filter(x.astype(np.float32), .7, truncate=2.5)
+    x = gaussian_filter(x.astype(np.float32, copy=False), .7, truncate=2.5)
     low, high = np.percentile(x[inside], (.1, 99.9))
     if low == high: low, high = x[inside].min(), x[inside].max()
     fine = ((x-low)*((levels-1)/max(high-low, 1e-30))).clip(0, levels-1).astype(np.uint16)
@@ -183,7 +183,7 @@ def _climb(search, start, reach):
         if left-2*top+right < 0: found[axis] += .5*(left-right)/(left-2*top+right)
     return found
 
-# %% ../../nbs/3_measure/34_alignment.ipynb #b259f0c4
+# %% ../../nbs/3_measure/34_alignment.ipynb #d48748e0
 def shift_between(
     fixed,          # 2-D or 3-D image, array or tensor; any contrast, CT in HU
     moving,         # same shape, same grid; any contrast
@@ -192,7 +192,7 @@ def shift_between(
     mask=None,      # nonzero where to judge; by default the interior of both heads
 ):
     "Voxels per axis by which the moving image is displaced: it shows at x+s what `fixed` shows at x. nan for constants. Raises as others"
-    a, b, m = _images(fixed, moving, mask)
+    a, b, m = _images(fixed, moving, mask, np.float32)
     if a.ndim not in (2, 3): raise ShapeError('fixed', given=f'shape {a.shape}', expected='2 or 3 axes', hint='Give one image or volume.')
     reach = np.array([min(_whole('reach', reach, 1), (n-1)//4) for n in a.shape])
     inside = _interior(a, b, m, reach)
