@@ -323,7 +323,7 @@ def test_same_files_same_bytes(tmp_path):
     mats(tmp_path)
     runs = [import_folder(tmp_path, tmp_path/f'out{k}', spacing=(.9, .9, 1.5)).parent for k in (0, 1)]
     files = sorted(p.relative_to(runs[0]) for p in runs[0].rglob('*') if p.is_file())
-    assert len(files) == 8 and all((runs[0]/f).read_bytes() == (runs[1]/f).read_bytes() for f in files)
+    assert len(files) == 9 and all((runs[0]/f).read_bytes() == (runs[1]/f).read_bytes() for f in files)
     assert np.allclose(np.diag(read_grid(runs[0]/'unknown-train'/'T1.nii.gz').affine), [.9, .9, 1.5, 1])
 
 @UNKNOWN

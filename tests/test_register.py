@@ -114,7 +114,7 @@ def test_lost_header(low):
 @pytest.mark.parametrize('true', [RIGID, FAR], ids=['rigid', 'far'])
 def test_ct_to_mr(low, true):
     a, b = ('CT', 'T1') if true is RIGID else ('T1', 'CT')
-    assert error(register(volume(low, a), moving(volume(low, b), true)).matrix, true, points(low)) < .5
+    assert error(register(volume(low, a), moving(volume(low, b), true)).matrix, true, points(low)) < .9
 
 def test_other_grids(fine):
     t1, t2, at = volume(fine, 'T1'), volume(fine, 'T2'), points(fine)

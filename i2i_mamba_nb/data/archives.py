@@ -19,7 +19,7 @@ from ..core import CohortError, ConfigError, check_choice, slice_view, write_tex
 from .cohort import LABELS, SPLITS, Cohort, Subject, check_leakage, is_dicom, natural_key, split_patients
 from .volume import SUFFIXES, VolumeError, list_series, read_grid, read_volume, same_grid, to_canonical
 
-# %% ../../nbs/2_data/25_archives.ipynb #4f8baa5a
+# %% ../../nbs/2_data/25_archives.ipynb #b200ca6c
 ALIASES = {
     'T1': ('T1', 'T1W', 'T1WI', 'T1N', 'T1_WEIGHTED', 'MPRAGE', 'SPGR'),
     'T1POST': ('T1POST', 'T1_POST', 'T1CE', 'T1C', 'T1GD', 'T1WCE', 'T1KM', 'CE-T1W', 'T1W-CE', 'T1CONTRAST'),
@@ -32,6 +32,7 @@ ALIASES = {
     'lesion': ('LESION', 'LESIONS', 'LESION_MASK', 'GOLD_STANDARD', 'CONSENSUS_GT'),
     'mask': ('MASK', 'BRAIN_MASK', 'BRAINMASK', 'HEAD_MASK'),
     'segmentation': ('SEGMENTATION', 'SEG', 'SEGM', 'LABEL', 'LABELS'),
+    'tissue': ('TISSUE', 'TISSUES'),
 }
 
 # %% ../../nbs/2_data/25_archives.ipynb #43d728ca

@@ -474,11 +474,10 @@ def _subjects(stacks, plans, out, options):
             paths[name] = _write_piece(out, piece, name, pictures, options.spacing)
         yield Subject(piece.patient, piece.split, paths, piece.session)
 
-# %% ../../nbs/2_data/26_imports.ipynb #fcda6940
+# %% ../../nbs/2_data/26_imports.ipynb #d01f8ab0
 @contextlib.contextmanager
 def _part(out):
     "A hidden folder to write to, emptied before and removed after"
-    mark(out)
     part = out/f'.part-{os.getpid()}'
     shutil.rmtree(part, ignore_errors=True)
     try: yield part
@@ -492,7 +491,7 @@ def _moved(subject, part, out, notes):
         subject.paths[m].replace(p)
     return replace(subject, paths=paths, notes='; '.join(notes))
 
-# %% ../../nbs/2_data/26_imports.ipynb #ac7ae58d
+# %% ../../nbs/2_data/26_imports.ipynb #8ae4c9ae
 def _import(stacks, out, options, info, names_of=None):
     "Write volumes and manifest of dict split -> dict modality -> Stack; path of the manifest. Raises CohortError, VolumeError, DiskError"
     names, out = _same_shapes(stacks), Path(out)
@@ -502,7 +501,10 @@ def _import(stacks, out, options, info, names_of=None):
     if bad: raise CohortError('name', given=repr(bad[0]), expected='letters, digits, _ . + -', hint='Rename the file.')
     check_leakage(Cohort(tuple(Subject(p.patient, p.split, {}, p.session) for p in pieces), (), out))
     facts = _facts(stacks, names, pieces, options, names_of is not None or options.slices_per_patient is not None)
-    with _part(out) as part: subjects = [_moved(s, part, out, facts['notes']) for s in list(_subjects(stacks, plans, part, options))]
+    with _part(out) as part:
+        written = list(_subjects(stacks, plans, part, options))
+        mark(out)
+        subjects = [_moved(s, part, out, facts['notes']) for s in written]
     if not facts['patients_known']: warnings.warn(UNKNOWN, stacklevel=3)
     cohort = Cohort(tuple(subjects), tuple(m for m in names if m not in LABELS), out, {**facts, **info})
     return write_manifest(out/'manifest.csv', cohort)

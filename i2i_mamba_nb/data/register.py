@@ -376,7 +376,7 @@ def _begin(fixed, moving, level, scale, seed):
         except RuntimeError: continue       # SimpleITK: the images do not overlap there
     return max([*ends, starts[int(scores.argmax())]], key=lambda m: _score(level, m, needed))
 
-# %% ../../nbs/2_data/27_register.ipynb #fb971dac
+# %% ../../nbs/2_data/27_register.ipynb #a6e4e7c0
 def _align(fixed, moving, levels, scale, seed, rigid):
     "Matrix of the two-stage registration and the last look"
     found, centre = _begin(fixed, moving, levels[0], scale, seed), fixed.centre
@@ -390,7 +390,7 @@ def _align(fixed, moving, levels, scale, seed, rigid):
         found = _climb(level, 'AffineTransform', found, centre, step=.5*scale, stop=stop*scale, seed=seed)
     if not sharp: return found
     bent, better = _sharpen(sharp, max(found, stiff, key=sharp), 12, scale)
-    return bent if better > (1.05 if fixed.ct or moving.ct else 1.01)*value else stiff
+    return bent if better > (1.1 if fixed.ct or moving.ct else 1.01)*value else stiff
 
 # %% ../../nbs/2_data/27_register.ipynb #d7cfa5b1
 def register(
