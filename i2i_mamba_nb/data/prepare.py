@@ -167,23 +167,25 @@ def _sources(job):
     "Every file of a subject in canonical orientation, keyed by its bytes"
     return {m: Part(job.hashes[m], to_canonical(read_volume(p))[0]) for m, p in job.subject.paths.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #85076d64
-def _fit(job, fixed, moving, did):
+# %% ../../nbs/2_data/23_prepare.ipynb #e5794a07
+def _fit(job, fixed, moving, did, rigid):
     "Registration of one image onto the reference, found or computed"
     _check_thick(job, fixed.volume), _check_thick(job, moving.volume)
-    def make(): f = register(fixed.volume, moving.volume); return dict(f._asdict(), matrix=np.asarray(f.matrix).tolist())
-    made = recall(job.out/'cache', 'register', [fixed.key, moving.key], {}, make, FACTS)
+    def make():
+        found = register(fixed.volume, moving.volume, rigid=rigid)
+        return dict(found._asdict(), matrix=np.asarray(found.matrix).tolist())
+    made = recall(job.out/'cache', 'register', [fixed.key, moving.key], dict(rigid=rigid), make, FACTS)
     did += ['register']*made.fresh
     return Registration(**dict(made.value, matrix=np.array(made.value['matrix'])))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6170f91d
+# %% ../../nbs/2_data/23_prepare.ipynb #dffca220
 def _fits(job, parts, did):
     "modality -> Registration of each image that needs one"
     fixed, found = parts[job.reference], {}
     for m in _images(job):
         same = same_grid(parts[m].volume, fixed.volume)
         if m == job.reference or job.steps.register == 'none' or same and job.steps.register != 'all': continue
-        fit = _fit(job, fixed, parts[m], did)
+        fit = _fit(job, fixed, parts[m], did, _is_ct(m) or _is_ct(job.reference))     # a thin skull says little about scale
         if fit.refused and same: fit = fit._replace(matrix=None)
         found[m] = fit
     return found
