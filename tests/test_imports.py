@@ -332,7 +332,7 @@ def test_a_killed_or_failed_import_leaves_the_last_one(tmp_path):
     out = import_folder(tmp_path/'in', tmp_path/'in'/'out').parent
     (out/'.part'/'unknown-train').mkdir(parents=True), (out/'.part'/'unknown-train'/'T1.nii.gz').write_bytes(b'half')
     before = {p: p.read_bytes() for p in out.rglob('*.*') if p.is_file() and '.part' not in p.parts}
-    assert detect_import(tmp_path/'in') == 'mat' and len(before) == 8
+    assert detect_import(tmp_path/'in') == 'mat' and len(before) == 9
     hdf5(tmp_path/'in'/'data_test_T2.mat', heads(12, key=1).transpose(0, 2, 1)**2)
     with pytest.raises(CohortError, match='T2 slice 0 of test'): import_folder(tmp_path/'in', out)
     assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before and not (out/'.part').exists()

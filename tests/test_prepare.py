@@ -154,7 +154,7 @@ def test_registration_undoes_a_wrong_header(tmp_path):
 
 def test_a_refused_registration_leaves_the_image_where_its_header_puts_it(tmp_path, monkeypatch):
     cohort = study(tmp_path/'raw', patients=('a',), affines=OTHER)
-    monkeypatch.setattr(prepare, 'register', lambda f, m: prepare.Registration(np.eye(4), .5, .4, 'it fell'))
+    monkeypatch.setattr(prepare, 'register', lambda f, m, rigid: prepare.Registration(np.eye(4), .5, .4, 'it fell'))
     done = prepare_cohort(cohort, tmp_path/'out', Steps(), workers=1)
     assert any('refused (it fell)' in n for n in done.records['a']['notes']) and 'refused' in done.cohort.subjects[0].notes
     alone = prepare_cohort(cohort, tmp_path/'none', Steps(register='none'), workers=1)

@@ -5,13 +5,12 @@ __all__ = ['MAX_PIXELS', 'MAX_PICTURES', 'COPY', 'BROKEN', 'CLASSES', 'STORED', 
            'oriented', 'open_mat', 'open_npy', 'PngHead', 'read_png', 'panels', 'open_pngs', 'ImportOptions', 'Piece',
            'pairing', 'import_mat', 'import_npy', 'import_pngs', 'detect_import', 'import_folder']
 
-# %% ../../nbs/2_data/26_imports.ipynb #03dc64dd
+# %% ../../nbs/2_data/26_imports.ipynb #2c93361b
 import contextlib
 import functools
 import hashlib
 import io
 import math
-import os
 import re
 import shutil
 import struct
@@ -474,11 +473,11 @@ def _subjects(stacks, plans, out, options):
             paths[name] = _write_piece(out, piece, name, pictures, options.spacing)
         yield Subject(piece.patient, piece.split, paths, piece.session)
 
-# %% ../../nbs/2_data/26_imports.ipynb #d01f8ab0
+# %% ../../nbs/2_data/26_imports.ipynb #36623d2c
 @contextlib.contextmanager
 def _part(out):
     "A hidden folder to write to, emptied before and removed after"
-    part = out/f'.part-{os.getpid()}'
+    part = out/'.part'
     shutil.rmtree(part, ignore_errors=True)
     try: yield part
     finally: shutil.rmtree(part, ignore_errors=True)
