@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['GLOSSARY', 'I2IError', 'ShapeError', 'ConfigError', 'CohortError', 'CheckpointError', 'BackendError', 'DiskError',
            'check_choice', 'from_dict', 'numpy_rng', 'torch_rng', 'seed_everything', 'free_bytes', 'atomic_path',
-           'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256', 'Inputs', 'Network', 'Recipe', 'register',
-           'networks', 'recipes', 'network', 'recipe', 'slice_view', 'show_images', 'show_comparison', 'show_curves',
-           'glossary', 'versions']
+           'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256', 'Inputs', 'Spec', 'plain_fit', 'Network',
+           'Recipe', 'register', 'networks', 'recipes', 'network', 'recipe', 'slice_view', 'show_images',
+           'show_comparison', 'show_curves', 'glossary', 'versions']
 
 # %% ../nbs/0_start/01_core.ipynb #321b3eba
 import contextlib
@@ -177,17 +177,39 @@ def sha256(path):
     "Hexadecimal SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/0_start/01_core.ipynb #991a5363
+# %% ../nbs/0_start/01_core.ipynb #e9815e84
+def _one_image(config, size): return (1, *size)
+
 @dataclass(frozen=True)
 class Inputs:
-    "What a network takes: (b, channels, h, w) with h and w multiples of `multiple`"
+    "What a network takes: x (b, channels, h, w) with h and w multiples of `multiple`, then further inputs; and the shape it gives"
     channels: Callable                      # config dict -> number of input channels
     multiple: int = 4                       # h and w are divisible by it
     smallest: int = 16                      # smallest legal h and w
     low: float = -1.                        # range of the values
     high: float = 1.
+    shape: Callable = _one_image            # (config, (h, w)) -> shape of the output without its batch axis; a list where it gives several
+    further: dict = field(default_factory=dict)     # name ('time', 'latent', ...) -> (config, b, (h, w), generator) -> tensor, as example
 
-# %% ../nbs/0_start/01_core.ipynb #e0cf633e
+# %% ../nbs/0_start/01_core.ipynb #33c74970
+@dataclass(frozen=True)
+class Spec:
+    "Images into a generator, images out of it, and time"
+    sources: int = 1                        # images at hand
+    noise: int = 0                          # noisy images beside them, in the last channels
+    targets: int = 1                        # images that come out
+    steps: int = 0                          # time steps of a diffusion; 0 where there is none
+    latent: int = 0                         # width of a random vector; 0 where there is none
+
+def plain_fit(
+    spec,           # a Spec
+):
+    "Configuration of a generator that knows no time: noisy images and, where there are time steps, a map of the time are sources too"
+    return dict(n_sources=spec.sources+spec.noise+bool(spec.steps), n_targets=spec.targets)
+
+# %% ../nbs/0_start/01_core.ipynb #86c6dd8d
+def _no_scan(config): return False
+
 @dataclass(frozen=True)
 class Network:
     "Record of one network"
@@ -200,9 +222,11 @@ class Network:
     multiply_adds: tuple = ()               # (config, (h, w), expected count of multiply-adds) triples
     presets: dict = field(default_factory=dict)    # scale -> configuration
     ablations: dict = field(default_factory=dict)  # switch -> overriding configuration
-    kind: str = 'generator'                 # generator or discriminator
+    kind: str = 'generator'                 # 'generator', 'discriminator' or 'autoencoder'
+    scans: Callable = _no_scan              # config -> whether a selective scan is inside
+    fits: Callable | None = None            # Spec -> configuration; None for what cannot serve as a generator
 
-# %% ../nbs/0_start/01_core.ipynb #4ff76f66
+# %% ../nbs/0_start/01_core.ipynb #0ba58d19
 @dataclass(frozen=True)
 class Recipe:
     "Record of one way to learn"
@@ -211,7 +235,7 @@ class Recipe:
     build: Callable                         # networks and options by keyword -> recipe object
     networks: dict                          # role -> registered name; None is chosen by the user
 
-# %% ../nbs/0_start/01_core.ipynb #3845f344
+# %% ../nbs/0_start/01_core.ipynb #dab7cc14
 _records = {Network: {}, Recipe: {}}
 
 def register(
@@ -221,21 +245,21 @@ def register(
     _records[type(record)][record.name] = record
     return record
 
-# %% ../nbs/0_start/01_core.ipynb #9478ac71
+# %% ../nbs/0_start/01_core.ipynb #860313bc
 def _discover(package):
     "Import every module of a subpackage, so that its records enter the registry"
     home = importlib.import_module(f'{__package__ or "i2i_mamba_nb"}.{package}')
     for m in pkgutil.iter_modules(home.__path__): importlib.import_module(f'{home.__name__}.{m.name}')
 
-# %% ../nbs/0_start/01_core.ipynb #bcf356d7
+# %% ../nbs/0_start/01_core.ipynb #c509063b
 def networks(
-    kind=None,      # 'generator', 'discriminator' or None for all
+    kind=None,      # 'generator', 'discriminator', 'autoencoder' or None for all
 ):
     "Registered networks by name"
     _discover('models')
     return {n: r for n, r in sorted(_records[Network].items()) if kind in (None, r.kind)}
 
-# %% ../nbs/0_start/01_core.ipynb #2cef9549
+# %% ../nbs/0_start/01_core.ipynb #6900ab92
 def recipes():
     "Registered recipes by name"
     _discover('learn')
@@ -244,7 +268,7 @@ def recipes():
 def network(name): "The record of a network; ConfigError names the nearest"; return networks()[check_choice('network', name, networks())]
 def recipe(name): "The record of a recipe; ConfigError names the nearest"; return recipes()[check_choice('recipe', name, recipes())]
 
-# %% ../nbs/0_start/01_core.ipynb #23912f23
+# %% ../nbs/0_start/01_core.ipynb #0dcc696e
 def slice_view(
     volume,         # (x, y, z) array in canonical RAS orientation
     axis=2,         # 0 sagittal, 1 coronal, 2 axial
@@ -254,7 +278,7 @@ def slice_view(
     index = volume.shape[axis]//2 if index is None else index
     return np.take(np.asarray(volume), index, axis).T[::-1]
 
-# %% ../nbs/0_start/01_core.ipynb #f3fdde41
+# %% ../nbs/0_start/01_core.ipynb #d075e38a
 def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     "One picture on one pair of axes"
     low, high = limits or (None, None)
@@ -263,7 +287,7 @@ def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     ax.set_xticks([]), ax.set_yticks([])
     if colorbar: ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03)
 
-# %% ../nbs/0_start/01_core.ipynb #c796c31a
+# %% ../nbs/0_start/01_core.ipynb #8545ab87
 def _grid(n, ncols, size, aspect=1.):
     "Figure with n axes in ncols columns, the rest switched off"
     import matplotlib.pyplot as plt
@@ -273,7 +297,7 @@ def _grid(n, ncols, size, aspect=1.):
     for ax in axes.flat[n:]: ax.axis('off')
     return fig, axes.flat[:n]
 
-# %% ../nbs/0_start/01_core.ipynb #f600bd0f
+# %% ../nbs/0_start/01_core.ipynb #8960b781
 def show_images(
     images,             # list of 2-D arrays [row, column]
     titles=None,        # list of titles
@@ -292,7 +316,7 @@ def show_images(
         _panel(ax, image, titles and titles[k], cmap, limits, colorbar, aspect)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #4d2db2b5
+# %% ../nbs/0_start/01_core.ipynb #b282f9e7
 def show_comparison(
     sources,            # dict name -> 2-D array
     target,             # 2-D array
@@ -311,7 +335,7 @@ def show_comparison(
     _panel(axes[-1], np.abs(np.asarray(fake)-np.asarray(target)), 'absolute error', 'inferno', (0, (high-low)/4), True)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #46899bb9
+# %% ../nbs/0_start/01_core.ipynb #a99bd0af
 def show_curves(
     curves,             # dict name -> y, or (x, y)
     *,
@@ -330,7 +354,7 @@ def show_curves(
     ax.legend(fontsize=8), ax.grid(alpha=.3)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #4ed266ff
+# %% ../nbs/0_start/01_core.ipynb #c4128e9b
 GLOSSARY = {
     'source': 'an image that is at hand and goes into the network',
     'target': 'the image that is missing in use and present in training',
@@ -351,7 +375,7 @@ GLOSSARY = {
 
 def glossary(term): "Meaning of a term of this book; ConfigError names the nearest"; return GLOSSARY[check_choice('term', term, GLOSSARY)]
 
-# %% ../nbs/0_start/01_core.ipynb #993f8f88
+# %% ../nbs/0_start/01_core.ipynb #5c132b57
 def versions():
     "Versions that a result depends on: python, torch, numpy and this package"
     from i2i_mamba_nb import __version__

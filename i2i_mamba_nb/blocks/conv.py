@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'AT_TEST', 'BatchNorm', 'norm_layer', 'brain_slice', 'show_norms', 'conv_stage', 'up_stage', 'out_stage',
            'ResidualBlock', 'frozen_statistics', 'Stage', 'ResidualCNN', 'activation_checkpointing', 'check_images',
-           'check_positive', 'building', 'multiply_adds']
+           'check_further', 'check_positive', 'building', 'multiply_adds']
 
 # %% ../../nbs/4_blocks/40_conv.ipynb #92d19268
 import contextlib
@@ -191,7 +191,20 @@ def check_images(
     if any(n % multiple or n < smallest for n in shape[2:]):
         bad(f'height and width divisible by {multiple} and at least {smallest}', 'Pad or crop the slices first.')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #4a196950
+# %% ../../nbs/4_blocks/40_conv.ipynb #fecd9e21
+def check_further(
+    x,                  # the images, already checked
+    who='the network',  # for the message
+    **given,            # name -> (tensor, its shape behind the batch axis): time=(t, ()), latent=(z, (64,))
+):
+    "Raise ShapeError unless what comes beside the images is a tensor with one row per image"
+    for name, (value, rest) in given.items():
+        if isinstance(value, Tensor) and tuple(value.shape) == (len(x), *rest): continue
+        found = f'shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(f'{name} for {who}', given=found, expected=f'a tensor {(len(x), *rest)}, one row per image',
+            hint='Expand one value to the batch: t.expand(len(x)).')
+
+# %% ../../nbs/4_blocks/40_conv.ipynb #fdb546eb
 def check_positive(
     who,                # for the message
     **settings,         # name -> value
@@ -201,7 +214,7 @@ def check_positive(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f'{name} of {who}', given=repr(value), expected='a whole number of at least 1', hint='Use an int such as 2.')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #327431e8
+# %% ../../nbs/4_blocks/40_conv.ipynb #01bcfb02
 def building(
     network,            # class of a network
 ):
@@ -216,7 +229,7 @@ def building(
         return network(**config)
     return build
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #4c5e1bd1
+# %% ../../nbs/4_blocks/40_conv.ipynb #abb0e553
 def _scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs):
     "FLOPs of one selective scan: 9 B L D N for the recurrence, 2 B L D for its ends"
     (b, d, length), n = u_shape, A_shape[-1]

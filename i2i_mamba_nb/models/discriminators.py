@@ -79,11 +79,12 @@ def show_field(
     shown = [x[0, 0], (x[0, 0]+1)*(.3+.7*(grad > 0))-1, verdict[0, 0]]
     return show_images(shown, ['target', 'seen by one verdict', 'all verdicts (untrained)'])
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #ee802b7e
+# %% ../../nbs/5_models/55_discriminators.ipynb #a726e5bc
 RECORD = register(Network(
     name='patchgan', paper='Atli et al., I2I-Mamba (III-A, III-C)', build=building(PatchGAN), kind='discriminator',
     smallest=dict(n_channels=3, base_channels=4),
-    inputs=Inputs(channels=lambda config: config['n_channels'], multiple=1, smallest=24),
+    inputs=Inputs(channels=lambda config: config['n_channels'], multiple=1, smallest=24,
+        shape=lambda config, size: (1, *(n//8-2 for n in size))),
     n_parameters=((dict(n_channels=3), 2_765_633), (dict(n_channels=2), 2_764_609)),
     multiply_adds=((dict(n_channels=3), (256, 256), 3_146_809_344),),
     presets=dict(smoke=dict(base_channels=4), laptop=dict(base_channels=16), paper={}),

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'mamba_stages', 'I2IMamba', 'features', 'show_features', 'effective_field', 'Released', 'load_released']
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #7628ece7
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #15060645
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..blocks.cmmamba import bottleneck_stage
 from ..blocks.conv import building, check_images, check_positive, conv_stage, out_stage, up_stage
-from ..core import CheckpointError, ConfigError, Inputs, Network, register, show_images
+from ..core import CheckpointError, ConfigError, Inputs, Network, plain_fit, register, show_images
 
 # %% ../../nbs/5_models/50_i2i_mamba.ipynb #def3fcf2
 def mamba_stages(
@@ -22,13 +22,14 @@ def mamba_stages(
     "Numbers of the stages with Mamba: 1, ceil(J/2), J"
     return {1, -(-n_stages//2), n_stages}
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #37fd7cb8
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #fb4599c0
 class I2IMamba(nn.Module):
-    "Generator of I2I-Mamba: sources (b, I, h, w) to target (b, 1, h, w). Raises ConfigError, ShapeError"
+    "Generator of I2I-Mamba: sources (b, I, h, w) to targets (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
         n_sources=2,            # I, number of source images
         variant='paper',        # 'paper' (the text) or 'released' (layer for layer the public code)
         *,
+        n_targets=1,            # images out
         base_channels=64,       # channels after the first layer
         n_stages=9,             # J, stages in the bottleneck
         patch_size=1,           # p, pixels of the bottleneck per token and side
@@ -37,9 +38,9 @@ class I2IMamba(nn.Module):
         norm_at_test='batch_statistics',  # behaviour of 'batch' at test: per image, or 'running'
     ):
         super().__init__()
-        check_positive('I2IMamba', n_sources=n_sources, base_channels=base_channels, n_stages=n_stages, patch_size=patch_size)
-        self.config = dict(n_sources=n_sources, variant=variant, base_channels=base_channels, n_stages=n_stages, patch_size=patch_size,
-            mixer=mixer, norm=norm, norm_at_test=norm_at_test)
+        check_positive('I2IMamba', n_sources=n_sources, n_targets=n_targets, base_channels=base_channels, n_stages=n_stages, patch_size=patch_size)
+        self.config = dict(n_sources=n_sources, variant=variant, n_targets=n_targets, base_channels=base_channels, n_stages=n_stages,
+            patch_size=patch_size, mixer=mixer, norm=norm, norm_at_test=norm_at_test)
         c, norms = base_channels, dict(norm=norm, at_test=norm_at_test)
         block = dict(variant=variant, patch_size=patch_size, **norms)
         self.encoder_1 = conv_stage(n_sources, c, kernel=7, **norms)
@@ -50,9 +51,9 @@ class I2IMamba(nn.Module):
             setattr(self, f'bottleneck_{j}', bottleneck_stage(4*c, mixer=mixer if episodic else 'none', **block))
         self.decoder_1 = up_stage(8*c, 2*c, **norms)
         self.decoder_2 = up_stage(4*c, c, **norms)
-        self.decoder_3 = out_stage(2*c)
+        self.decoder_3 = out_stage(2*c, n_targets)
 
-    def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b 1 h w"]:
+    def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         check_images(X, self.config['n_sources'], who='I2IMamba')
         x1 = self.encoder_1(X)                                  # b   64  h    w
         x2 = self.encoder_2(x1)                                 # b  128  h/2  w/2
@@ -102,11 +103,13 @@ def effective_field(
     network(X)[:, 0, size//2, size//2].sum().backward()
     return X.grad.abs().mean((0, 1))
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #c22f686c
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #4c9397c9
 RECORD = register(Network(
     name='i2i_mamba', paper='Atli et al., I2I-Mamba', build=building(I2IMamba),
     smallest=dict(n_sources=2, base_channels=8, n_stages=2),
-    inputs=Inputs(channels=lambda config: config.get('n_sources', 2), multiple=4, smallest=8),
+    inputs=Inputs(channels=lambda config: config.get('n_sources', 2), multiple=4, smallest=8,
+        shape=lambda config, size: (config.get('n_targets', 1), *size)),
+    scans=lambda config: config.get('mixer', 'mamba') == 'mamba', fits=plain_fit,
     n_parameters=((dict(variant='released'), 18_766_849), (dict(variant='released', n_sources=1), 18_763_713), ({}, 17_187_073)),
     multiply_adds=((dict(variant='released'), (256, 256), 80_629_221_376), ({}, (256, 256), 75_193_384_960)),
     presets=dict(smoke=dict(base_channels=4, n_stages=2), laptop=dict(base_channels=16, n_stages=2, patch_size=2), paper={}),
