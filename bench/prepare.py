@@ -2,9 +2,12 @@
 
 Simulated subjects in IXI's layout (T1 on a grid of its own, T2, PD) are written once, then prepared as `i2i-mamba prepare` does:
 registered onto T1, N4 where asked, framed to 256 x 256 x 100. A few of them are also prepared with one process and with two, each from
-an empty folder, for the ratio. Memory is that of all processes together, looked at ten times a second.
+an empty folder, for the ratio. Memory is that of all processes together, looked at five times a second: `peak_bytes` is the sum of their
+proportional sizes (a page of a library that n processes share counts 1/n in each, so that the sum is what the machine really holds);
+`peak_resident_bytes` counts shared pages once per process.
 """
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -31,32 +34,32 @@ def work(manifest, out, steps, workers, result):
         for r in done.records.values() for f in r['registration'].values()), least_gain=min(gains), largest_shift=max(shifts)))
 
 def tree_bytes(process):
-    "Resident bytes of a process and all below it; pages that they share are counted more than once"
-    total = 0
+    "(proportional, resident) bytes of a process and all below it"
+    found = []
     for p in [process, *process.children(recursive=True)]:
-        try: total += p.memory_info().rss
-        except psutil.NoSuchProcess: pass
-    return total
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied): found.append((p.memory_full_info().pss, p.memory_info().rss))
+    return tuple(map(sum, zip(*found, strict=True))) if found else (0, 0)
 
 def measured(manifest, out, steps, workers):
     "Row of one preparation from an empty folder"
     shutil.rmtree(out, ignore_errors=True)
-    result, others, peak = out.with_suffix('.json'), Others(), [0]
+    result, others, peak = out.with_suffix('.json'), Others(), (0, 0)
     words = [sys.executable, __file__, '--work', manifest, out, steps, workers, result]
     start = time.perf_counter()
     running = subprocess.Popen(list(map(str, words)))
     process, over = psutil.Process(running.pid), threading.Event()
     def watch():
-        while not over.wait(.1):
-            try: peak[0] = max(peak[0], tree_bytes(process))
+        nonlocal peak
+        while not over.wait(.2):
+            try: peak = tuple(map(max, zip(peak, tree_bytes(process), strict=True)))
             except psutil.NoSuchProcess: return
     watcher = threading.Thread(target=watch)
     watcher.start()
     status = running.wait()
     over.set(), watcher.join()
     if status: raise SystemExit(f'preparation ended with status {status}')
-    seconds = round(time.perf_counter()-start, 1)
-    return dict(read_json(result), workers=workers, seconds=seconds, peak_bytes=peak[0], measured=others.report())
+    return dict(read_json(result), workers=workers, seconds=round(time.perf_counter()-start, 1), peak_bytes=peak[0],
+        peak_resident_bytes=peak[1], measured=others.report())
 
 def subset(cohort, n, path):
     "Manifest of the first n subjects"
@@ -75,8 +78,8 @@ def main():
     folder = plan.write(a.out/'raw', patients=[p.patient for p in plan.patients][:a.subjects])
     cohort = propose_manifest(folder)
     few = subset(cohort, a.few, a.out/'few.csv')
-    row = measured(subset(cohort, a.subjects, a.out/'all.csv'), a.out/'all', a.steps, 2)
     rows = {f'{a.few} subjects, {w} processes': measured(few, a.out/f'few-{w}', a.steps, w) for w in (1, 2)}
+    row = measured(subset(cohort, a.subjects, a.out/'all.csv'), a.out/'all', a.steps, 2)
     one, two = (rows[f'{a.few} subjects, {w} processes']['seconds'] for w in (1, 2))
     row['bars'] = [bar('peak GB of all processes', row['peak_bytes']/1e9, at_most=3), bar('two processes over one', one/two, at_least=1.6)]
     rows[f'{a.subjects} subjects, 2 processes'] = row

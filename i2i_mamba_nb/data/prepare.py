@@ -457,28 +457,32 @@ def _write(job, stem, volumes):
         files[n] = dict(path=path.relative_to(job.out).as_posix(), sha256=sha256(path))
     return files
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8d995873
+# %% ../../nbs/2_data/23_prepare.ipynb #aa8bc2b0
 def _make(job, stem, did):
     "All steps of one subject; returns its record"
     parts = _sources(job)
-    aligned, fits = align(job, parts, did)
+    content, (aligned, fits) = _content(job, parts), align(job, parts, did)
+    pictures = _pictures(job, stem, parts, aligned, fits)
+    lost = [n for n in parts if fits and n not in job.modalities and not home_of(job, parts, n)]
+    del parts           # what is not needed any more makes room: two of these run side by side
     done = _classified(job, _extracted(job, _clean(job, aligned, did), did), did)
+    del aligned
     shifts = _shifts(job, done, did)
     volumes, geometry, cut = _framed(job, done)
-    lost = [n for n in parts if fits and n not in job.modalities and not home_of(job, parts, n)]
+    del done
     notes = [*_notes(job, fits, shifts, cut), *(f'{n}: placed by its header, on no image\'s grid' for n in lost)]
-    return dict(pictures=_pictures(job, stem, parts, aligned, fits), files=_write(job, stem, volumes), geometry=asdict(geometry),
-        grid=_grid_dict(volumes[job.reference]), shifts=shifts, reference=job.reference, content=_content(job, parts),
+    return dict(pictures=pictures, files=_write(job, stem, volumes), geometry=asdict(geometry),
+        grid=_grid_dict(volumes[job.reference]), shifts=shifts, reference=job.reference, content=content,
         registration={m: dict(matrix=None if f.matrix is None else f.matrix.tolist(), before=f.before, after=f.after, refused=f.refused)
             for m, f in fits.items()}, notes=notes)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b575a197
+# %% ../../nbs/2_data/23_prepare.ipynb #9052dbe3
 def _content(job, parts):
     "modality -> hash of an image's voxels in canonical orientation: one scan is found in two formats"
     bytes_of = lambda v: repr(v.shape).encode()+np.ascontiguousarray(v.data.T+np.float32(0)).tobytes()
     return {m: hashlib.sha256(bytes_of(parts[m].volume)).hexdigest() for m in _images(job)}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #32eea23e
+# %% ../../nbs/2_data/23_prepare.ipynb #b6d51f78
 def _finished(job, path, key):
     "The record of an earlier run with the same key whose files are all there, byte for byte; None otherwise"
     if not path.exists(): return None
@@ -488,7 +492,7 @@ def _finished(job, path, key):
         if found['key'] == key and whole and all((job.out/p).exists() for p in found['pictures'].values()): return found
     return None
 
-# %% ../../nbs/2_data/23_prepare.ipynb #62c70220
+# %% ../../nbs/2_data/23_prepare.ipynb #913c92cd
 def _kind(job, name):
     "Kind of intensity map of a modality"
     return job.steps.intensity.get(name) or ('hounsfield' if _is_ct(name) else job.steps.intensity.get('*', 'window'))
@@ -505,7 +509,7 @@ def _intensity(job, name, file, did):
     did += ['intensity']*made.fresh
     return made.value
 
-# %% ../../nbs/2_data/23_prepare.ipynb #a22b0048
+# %% ../../nbs/2_data/23_prepare.ipynb #1afed314
 def prepare_subject(
     job,                # Job
 ):
@@ -527,10 +531,10 @@ def prepare_subject(
     found = {n: _intensity(job, n, f, did) for n, f in record['files'].items() if n in job.modalities}
     return dict(record, intensity=found), did
 
-# %% ../../nbs/2_data/23_prepare.ipynb #65fb1cbd
+# %% ../../nbs/2_data/23_prepare.ipynb #de3c0051
 BASE, PER_VOXEL = 6*10**8, 120      # bytes: libraries of a process, and its volumes per voxel of the largest file
 
-# %% ../../nbs/2_data/23_prepare.ipynb #2891698e
+# %% ../../nbs/2_data/23_prepare.ipynb #0666e48d
 def worker_count(
     largest,            # voxels of the largest file
     wanted=None,        # processes asked for; as many as cores by default
@@ -543,7 +547,7 @@ def worker_count(
     room = int(.7*psutil.virtual_memory().available/(BASE+PER_VOXEL*largest))
     return max(1, min(wanted or cores, room))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6f9be8f3
+# %% ../../nbs/2_data/23_prepare.ipynb #d7cf05ac
 def _stay_with(parent):
     "In a worker: one thread for every library, and an end when the main process is gone"
     import torch
@@ -553,7 +557,7 @@ def _stay_with(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/2_data/23_prepare.ipynb #97d79682
+# %% ../../nbs/2_data/23_prepare.ipynb #ca62d19b
 @contextlib.contextmanager
 def one_thread():
     "Every library on one thread: sums in one order, so the same bytes on any machine, and no core that two processes fight for"
@@ -565,7 +569,7 @@ def one_thread():
         with threadpool_limits(1): yield
     finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #cabeac45
+# %% ../../nbs/2_data/23_prepare.ipynb #5461011e
 def _attempt(function, job):
     "dict(result) or dict(error, trace) of one job, and its seconds"
     start = time.perf_counter()
@@ -575,7 +579,7 @@ def _attempt(function, job):
     except Exception as e: done = dict(error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
     return dict(done, seconds=time.perf_counter()-start)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6faf7473
+# %% ../../nbs/2_data/23_prepare.ipynb #8de878ef
 def _pooled(function, jobs, numbers, workers):
     "Yield (number, what it returned) of jobs in processes of their own; those that were unfinished when one died come as None"
     with ProcessPoolExecutor(workers, get_context('spawn'), _stay_with, (os.getpid(),)) as pool:
@@ -600,7 +604,7 @@ def run_jobs(
     died = dict(error='its process ended before the work did: perhaps it ran out of memory', trace='', seconds=0.)
     for k in sorted(left): yield from ((k, ended or died) for _, ended in _pooled(function, jobs, [k], 1))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #f5134279
+# %% ../../nbs/2_data/23_prepare.ipynb #89d2887e
 class Prepared(NamedTuple):
     "What came out"
     cohort: Cohort      # of those that succeeded, with geometry, intensities and notes
@@ -609,7 +613,7 @@ class Prepared(NamedTuple):
 
 HEAD = ('time', 'subject', 'status', 'seconds', 'computed', 'notes')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #4b58da56
+# %% ../../nbs/2_data/23_prepare.ipynb #317dd862
 def _log(path, row):
     "One more line in the log; its head where it is new. Raises DiskError"
     try:
@@ -618,7 +622,7 @@ def _log(path, row):
     except OSError as e:
         raise DiskError(f'log {path}', given=e.strerror, expected='a writable file', hint='Choose another folder.') from e
 
-# %% ../../nbs/2_data/23_prepare.ipynb #fc4eadfc
+# %% ../../nbs/2_data/23_prepare.ipynb #9d654258
 def _now(): return time.strftime('%Y-%m-%d %H:%M:%S')
 
 def _line(job, ended):
@@ -630,7 +634,7 @@ def _line(job, ended):
     notes = f'{notes} {ended.get("trace", "")}'.strip()
     return _now(), job.name, status, f'{ended["seconds"]:.1f}', counts, notes
 
-# %% ../../nbs/2_data/23_prepare.ipynb #82e88b80
+# %% ../../nbs/2_data/23_prepare.ipynb #83eef843
 def _scaled(records, trained):
     "Every record's intensities as dicts; mean_max gets the largest ratio among training subjects, as SynDiff does"
     scale = {}
@@ -641,7 +645,7 @@ def _scaled(records, trained):
         return dict(out, high=i['high']/i['ratio']*scale.get(m, i['ratio'])) if i['kind'] == 'mean_max' else out
     return {n: {m: final(m, i) for m, i in r['intensity'].items()} for n, r in records.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e94e7f47
+# %% ../../nbs/2_data/23_prepare.ipynb #7b37a737
 def _described(cohort, job, records, failures):
     "The info of the prepared cohort, ready for JSON"
     again = ('sha256', 'grids', 'mismatched', 'unmatched', 'failed', 'intensity', 'modalities')
@@ -652,7 +656,7 @@ def _described(cohort, job, records, failures):
         failed={**cohort.info.get('failed', {}), **failures},
         grids=pick('grid'))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #e7193c76
+# %% ../../nbs/2_data/23_prepare.ipynb #4dddfe42
 def _assembled(cohort, jobs, records, failures, out):
     "The Cohort of what was written"
     trained = [j.name for j in jobs if j.subject.split == 'train' and j.name in records]
@@ -666,7 +670,7 @@ def _assembled(cohort, jobs, records, failures, out):
     info = dict(_described(cohort, jobs[0], records, failures), sha256=hashes)
     return Cohort(subjects, tuple(m for m in cohort.modalities if any(m in s.paths for s in subjects)), out, info)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #15073483
+# %% ../../nbs/2_data/23_prepare.ipynb #999bdf16
 def _largest(cohort):
     "Voxels of the largest file that can be read"
     sizes = [1]
@@ -674,7 +678,7 @@ def _largest(cohort):
         with contextlib.suppress(VolumeError): sizes.append(int(np.prod(read_grid(p).shape)))
     return max(sizes)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5c302552
+# %% ../../nbs/2_data/23_prepare.ipynb #9018bc45
 def _jobs(cohort, steps, out, reference):
     "One Job per subject, files hashed anew and checked for leakage; CohortError where two would share a place"
     fresh = check_leakage(replace(cohort, info={k: v for k, v in cohort.info.items() if k != 'sha256'}))
@@ -686,7 +690,7 @@ def _jobs(cohort, steps, out, reference):
     for j in jobs: _check_apart(f'files of {j.name}', j.subject.paths)
     return jobs
 
-# %% ../../nbs/2_data/23_prepare.ipynb #35cbbef4
+# %% ../../nbs/2_data/23_prepare.ipynb #afd00b78
 def _check_apart(what, names):
     "CohortError where two names would become one path"
     taken = {}
@@ -695,7 +699,7 @@ def _check_apart(what, names):
             expected='names that differ in letters or digits', hint='Rename one.')
         taken[_stem(n).lower()] = n
 
-# %% ../../nbs/2_data/23_prepare.ipynb #3cea904e
+# %% ../../nbs/2_data/23_prepare.ipynb #dfa8aa63
 def _same_content(jobs, found):
     "CohortError where one image, in whatever format, belongs to patients of two splits"
     seen = {}
@@ -705,7 +709,7 @@ def _same_content(jobs, found):
             if other.subject.split != j.subject.split: raise CohortError(f'{m} of {j.name} ({j.subject.split})', given=f'the voxels of '
                 f'{other.name} ({other.subject.split})', expected='patients who are in one split only', hint='They are one person.')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8a77b245
+# %% ../../nbs/2_data/23_prepare.ipynb #22a9265d
 def prepare_cohort(
     cohort,             # a Cohort
     out,                # folder for volumes, cache, log and pictures
@@ -732,7 +736,7 @@ def prepare_cohort(
     _same_content(jobs, in_order)
     return Prepared(_assembled(cohort, jobs, in_order, dict(sorted(failures.items())), out), failures, in_order)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #638ad5b4
+# %% ../../nbs/2_data/23_prepare.ipynb #b8d29f91
 def look_at_subject(
     job,                # Job; nothing is written
 ):
@@ -746,7 +750,7 @@ def look_at_subject(
     maps = {m: _fitted(parts[m].volume.data, _kind(job, m)) for m in _images(job)}
     return dict(shifts=measured, notes=list(_notes(job, {}, measured, 0)), intensity=maps, content=_content(job, parts)), []
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c0d00f9d
+# %% ../../nbs/2_data/23_prepare.ipynb #0410e8cb
 def look_at_cohort(
     cohort,             # a Cohort
     steps=STEPS['grid'],    # Steps, of which `intensity` counts
@@ -768,7 +772,7 @@ def look_at_cohort(
     _same_content(jobs, found)
     return _looked(cohort, jobs, found, failures), failures
 
-# %% ../../nbs/2_data/23_prepare.ipynb #14475acd
+# %% ../../nbs/2_data/23_prepare.ipynb #19ab659d
 def _looked(cohort, jobs, found, failures):
     "The cohort of those that could be read, with what was found out about them"
     maps = _scaled(found, [j.name for j in jobs if j.subject.split == 'train' and j.name in found])

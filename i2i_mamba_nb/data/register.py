@@ -441,7 +441,7 @@ def _cubic(volume, step, like=None):
     like = to_canonical(like or volume)[0]
     return _on(volume, *_grid_shape(like.affine, like.shape, np.full(3, step)), outside=0)
 
-# %% ../../nbs/2_data/27_register.ipynb #80a43331
+# %% ../../nbs/2_data/27_register.ipynb #7abf125e
 def show_registration(
     fixed,          # a Volume
     before,         # the moving Volume on its grid, by the headers
@@ -458,8 +458,8 @@ def show_registration(
     pictures, names = [], ('axial', 'coronal', 'sagittal', 'joint histogram')
     for moving in (before, after):
         b = _cubic(moving, step, fixed)
-        pictures += [slice_view(checkerboard(a, b, 8), axis, middle[axis]) for axis in (2, 1, 0)]
-        pictures.append(np.log1p(joint_histogram(_unit(a), _unit(b), inside)).T[::-1])
+        pictures += [checkerboard(*(slice_view(v, axis, middle[axis]) for v in (a, b)), 8) for axis in (2, 1, 0)]
+        pictures.append(np.log1p(joint_histogram(_unit(a[inside]), _unit(b[inside]))).T[::-1])
     return show_images(pictures, [f'{p}, {w}' for w in ('before', 'after') for p in names], ncols=4, size=size)
 
 # %% ../../nbs/2_data/27_register.ipynb #71cc6874
