@@ -76,6 +76,17 @@ def test_there_is_something_to_check():
     assert {'i2i_mamba', 'patchgan'} <= set(RECORDS) and len(EXCEPTIONS) <= 3 and all(EXCEPTIONS.values())
     assert {'no_mamba', 'matched', 'released'} <= set(RECORDS['i2i_mamba'].ablations)
 
+SWITCHES = [pytest.param(r, s, id=f'{r.name}-{n}') for r in RECORDS.values() for n, s in r.ablations.items()]
+
+@pytest.mark.parametrize('record, switch', SWITCHES)
+def test_every_switch_changes_weights_and_output(record, switch):
+    configs = record.smallest, {**record.smallest, **switch}
+    nets = [build(record, c) for c in configs]
+    names = [{n: tuple(v.shape) for n, v in net.state_dict().items()} for net in nets]
+    assert names[0] != names[1], 'the same weights with and without'
+    with torch.no_grad(): a, b = (flat(net.train()(*inputs(record, c))) for net, c in zip(nets, configs, strict=True))
+    assert a.shape != b.shape or not torch.allclose(a, b, atol=1e-4)
+
 @every
 def test_01_builds_from_its_record(record, config):
     net = build(record, config)

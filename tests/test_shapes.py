@@ -35,11 +35,15 @@ inverse(rows), inverse(rows[0]), reversed_order(rows), reversed_order(rows[0]), 
 parts = skip_orders(3, 5)
 assert cross_merge(cross_scan(torch.randn(2, 4, 3, 5), parts), 3, 5, parts).shape == (2, 4, 15)''',
     networks='''
-for name, record in networks('generator').items():
-    for switch in [{}, *record.ablations.values()]:
-        net = record.build(**(record.smallest | switch))
-        side = 2*max(record.inputs.smallest, record.inputs.multiple)
-        assert net(torch.randn(1, record.inputs.channels(record.smallest), side, side)).shape == (1, 1, side, side)''',
+for record, switch in ((r, s) for r in networks().values() for s in ({}, *r.ablations.values())):
+    config, wanted = record.smallest | switch, record.inputs
+    side = -(-wanted.smallest//wanted.multiple)*wanted.multiple
+    size = (side, side+wanted.multiple)
+    more = [f(config, 1, size, torch.Generator().manual_seed(0)) for f in wanted.further.values()]
+    out = record.build(**config)(torch.randn(1, wanted.channels(config), *size), *more)
+    shape = wanted.shape(config, size)
+    maps, shapes = [v if isinstance(v, list) else [v] for v in (list(out) if isinstance(out, tuple) else out, shape)]
+    assert [tuple(m.shape[1:]) for m in maps] == shapes, record.name''',
     recipe='''
 made = recipe('paired_adversarial').build(generator=network('i2i_mamba').build(**network('i2i_mamba').presets['smoke']),
     discriminator=network('patchgan').build(n_channels=3, base_channels=4))

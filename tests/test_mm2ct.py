@@ -1,0 +1,442 @@
+"MM2CT and its parts at sizes, numbers of modalities and settings that the chapters do not show"
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.signal import upfirdn
+from torch import nn
+
+from i2i_mamba_nb.blocks.conv import activation_checkpointing, multiply_adds
+from i2i_mamba_nb.blocks.diffusive import (
+    AdaptiveGroupNorm,
+    DiffusiveBlock,
+    LatentMap,
+    PixelAttention,
+    PyramidConv,
+    fir_down,
+    fir_kernel,
+    fir_up,
+    groups_of,
+)
+from i2i_mamba_nb.blocks.fusion import (
+    FUSIONS,
+    ChannelSwapMamba,
+    CrossMamba,
+    CrossModalMamba,
+    DynamicEnhancement,
+    DynamicLocalConv,
+    Fusion,
+    MambaBlock,
+    by_others,
+    difference_attention,
+    reading,
+    swap_channels,
+)
+from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
+from i2i_mamba_nb.models.mm2ct import MM2CT, DiffusiveUNet, ResNetGenerator, maps_of, unet_plan
+from i2i_mamba_nb.ssm.mixers import set_backend, trace
+
+TINY = dict(base_channels=4, multipliers=(1, 2), n_blocks=1, width=4, depth=1)
+
+def count(net): return sum(p.numel() for p in net.parameters())
+def names(net): return {n: tuple(p.shape) for n, p in net.named_parameters()}
+def beside(b=1, n=64): return torch.arange(b) % 4, torch.randn(b, n, generator=torch.Generator().manual_seed(3))
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+# counts
+
+@pytest.mark.parametrize('config, expected', [({}, 7_825_153), (dict(n_sources=2), 7_825_153+49*64), (dict(n_targets=2), 7_825_153+49*64+1),
+    (dict(n_blocks=9), 11_365_633), (dict(n_blocks=9, norm='batch'), 11_365_633+64+128+256+18*256+128+64)])
+def test_resnet_counts(config, expected):
+    with torch.device('meta'): assert count(ResNetGenerator(**config)) == expected
+
+def test_resnet_layers_are_those_of_the_text():
+    with torch.device('meta'): net = ResNetGenerator()
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert [(type(m).__name__, m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], m.bias is not None) for m in convs] == [
+        ('Conv2d', 1, 64, 7, 1, True), ('Conv2d', 64, 128, 3, 2, True), ('Conv2d', 128, 256, 3, 2, True),
+        *[('Conv2d', 256, 256, 3, 1, True)]*12, ('ConvTranspose2d', 256, 128, 3, 2, True), ('ConvTranspose2d', 128, 64, 3, 2, True),
+        ('Conv2d', 64, 1, 7, 1, True)]
+    normed = [m for m in net.modules() if isinstance(m, nn.InstanceNorm2d)]
+    assert len(normed) == 5+12 and not any(m.affine or m.track_running_stats for m in normed)
+    assert sum(isinstance(m, nn.ReflectionPad2d) for m in net.modules()) == 2+12 and isinstance(net.tail[-1], nn.Tanh)
+
+def test_unet_counts():
+    with torch.device('meta'):
+        net = DiffusiveUNet()
+        assert count(net) == 33_595_842
+        assert count(DiffusiveUNet(outputs='targets')) == 33_595_842-577
+        assert count(DiffusiveUNet(n_sources=3)) == 33_595_842+2*(9*64+9*64+577)
+        assert count(DiffusiveUNet(n_latent=100)) == 33_595_842+36*64
+        assert count(MM2CT(fusion='concatenation')) == 33_595_842+3
+        assert count(MM2CT()) == 33_907_013
+
+def test_unet_layers_are_those_of_the_text():
+    with torch.device('meta'): net = DiffusiveUNet()
+    blocks = [m for m in net.modules() if isinstance(m, DiffusiveBlock)]
+    down = [b for b in net.encoder if b.resample == 'keep']
+    assert [b.conv_1.out_channels for b in down] == [64, 64, 64, 64, 128, 128, 128, 128, 256, 256, 256, 256]
+    assert [b.resample for b in blocks].count('down') == [b.resample for b in blocks].count('up') == 5 and len(net.decoder) == 18+5
+    assert sum(b.attention is not None for b in net.encoder) == 2 and sum(b.attention is not None for b in net.decoder) == 1
+    assert [b.attention is not None for b in net.middle] == [True, False] and len(net.pyramid) == 5
+    assert all(b.norm_1.style.in_features == b.norm_2.style.in_features == 64 and b.time.in_features == 256 for b in blocks)
+    assert all(b.fir.shape == (4, 4) for b in blocks)
+    assert [layer.in_features for layer in net.latent.layers] == [64]*4 and net.time.first.in_features == 64
+
+def test_multiply_adds_of_the_concatenation_are_syndiffs():
+    with torch.device('meta'):
+        t, z = torch.empty(1), torch.empty(1, 64)
+        plain = multiply_adds(DiffusiveUNet(), torch.empty(1, 2, 128, 64), t, z)
+        assert multiply_adds(MM2CT(fusion='concatenation'), torch.empty(1, 3, 128, 64), t, z) == plain+2*128*64
+
+@pytest.mark.parametrize('levels, n_blocks', list(itertools.product((1, 2, 3, 6), (1, 2, 3))))
+def test_plan_fits_together(levels, n_blocks):
+    widths = [8*m for m in (1, 2, 3, 1, 4, 5)[:levels]]
+    down, up = unet_plan(widths, n_blocks, (2,))
+    kept, c = [widths[0]], widths[0]
+    for r in down:
+        assert r.c_in == c
+        c = r.c_out
+        kept.append(c)
+    for r in up:
+        assert r.c_in == c+(kept.pop() if r.resample == 'keep' else 0)
+        c = r.c_out
+    assert not kept and c == widths[0] and len(down) == levels*n_blocks+levels-1 and len(up) == levels*(n_blocks+1)+levels-1
+
+# FIR resampling
+
+@pytest.mark.parametrize('taps', [(1, 1), (1, 3, 3, 1), (1, 5, 10, 10, 5, 1), (2, 0, 1, 1)])
+@pytest.mark.parametrize('size', [(2, 6), (8, 4), (10, 14)])
+def test_fir_equals_scipy(taps, size):
+    x, k = torch.randn(2, 3, *size, dtype=torch.double), fir_kernel(taps).double()
+    row, pad = [v/sum(taps) for v in taps], len(taps)//2-1
+    def both(up, down, gain, lead):
+        y = x.numpy()
+        for axis, n in ((2, size[0]), (3, size[1])):
+            full = upfirdn([gain*v for v in row[::1 if up > 1 else -1]], y, up, 1, axis=axis)
+            length = n*up//down
+            index = [lead+down*i for i in range(length)]
+            y = full.take(index, axis=axis)
+        return torch.from_numpy(y)
+    torch.testing.assert_close(fir_up(x, k), both(2, 1, 2., pad), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(fir_down(x, k), both(1, 2, 1., len(taps)-1-pad), atol=1e-6, rtol=1e-6)
+
+def test_fir_up_is_the_transpose_of_down():
+    k = fir_kernel((1, 2, 4, 1)).double()
+    x, y = torch.randn(1, 2, 8, 12).double(), torch.randn(1, 2, 4, 6).double()
+    torch.testing.assert_close((fir_down(x, k)*y).sum()*4, (x*fir_up(y, k)).sum())
+
+# diffusive blocks
+
+@pytest.mark.parametrize('c', [1, 3, 4, 12, 14, 44, 64, 130])
+def test_groups_divide(c): assert c % groups_of(c) == 0 and 1 <= groups_of(c) <= max(1, min(c//4, 32))
+
+@pytest.mark.parametrize('b, c', [(1, 4), (3, 12), (2, 14)])
+def test_adaptive_group_norm_is_per_image(b, c):
+    norm, x, s = AdaptiveGroupNorm(c, 5), 3+2*torch.randn(b, c, 5, 7), torch.randn(b, 5)
+    gamma, beta = norm.style(s)[:, :, None, None].chunk(2, 1)
+    torch.testing.assert_close(norm(x, s), gamma*F.group_norm(x, groups_of(c), eps=1e-6)+beta, atol=1e-5, rtol=1e-4)
+
+def test_block_learns_time_and_style_and_keeps_its_input():
+    block, x = DiffusiveBlock(8, 8, 5, 3), torch.randn(2, 8, 5, 7)
+    kept = x.clone()
+    e, s = torch.randn(2, 5).requires_grad_(), torch.randn(2, 3).requires_grad_()
+    block(x, e, s).square().sum().backward()
+    assert e.grad.abs().max() > 0 and s.grad.abs().max() > 0 and torch.equal(x, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, e, s), block(x, e, s))
+        assert torch.equal(x, kept)
+        nn.init.zeros_(block.conv_2.weight)
+        torch.testing.assert_close(block(x, e, s), x*math.sqrt(.5))
+
+def test_latent_is_scale_free_and_finite():
+    latent, z = LatentMap(6, 4, 2), torch.randn(3, 6)
+    torch.testing.assert_close(latent(z), latent(7*z), atol=1e-6, rtol=1e-5)
+    assert latent(torch.zeros(1, 6)).isfinite().all() and latent(1e4*z).isfinite().all()
+
+def test_attention_by_hand_in_double():
+    attend, x = PixelAttention(6).double(), torch.randn(2, 6, 3, 5).double()
+    nn.init.normal_(attend.out.weight)
+    tokens = attend.norm(x).flatten(2).mT
+    weights = torch.softmax(attend.query(tokens) @ attend.key(tokens).mT/6**.5, -1)
+    expected = (x+attend.out(weights @ attend.value(tokens)).mT.view_as(x))/2**.5
+    torch.testing.assert_close(attend(x), expected)
+
+@pytest.mark.parametrize('size', [(2, 4), (6, 10), (32, 48)])
+def test_pyramid_halves(size): assert PyramidConv(3, 5)(torch.randn(1, 3, *size)).shape == (1, 5, size[0]//2, size[1]//2)
+
+# fusion
+
+@pytest.mark.parametrize('n, c', list(itertools.product((1, 2, 3, 4, 5), (1, 2, 5, 8))))
+def test_swap_is_a_permutation_that_mixes(n, c):
+    streams = [torch.arange(c).view(1, c, 1, 1)+100.*i for i in range(n)]
+    out = swap_channels(*streams)
+    assert sorted(float(v) for o in out for v in o.flatten()) == sorted(float(v) for o in streams for v in o.flatten())
+    for i, o in enumerate(out):
+        for k, v in enumerate(o.flatten().tolist()): assert v == 100*((i+k) % n)+k
+
+def test_swap_alternates_for_two():
+    a, b = torch.zeros(1, 6, 2, 2), torch.ones(1, 6, 2, 2)
+    assert swap_channels(a, b)[0][0, :, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+@pytest.mark.parametrize('n', [2, 3, 4])
+@pytest.mark.parametrize('kind', [ChannelSwapMamba, CrossModalMamba, DynamicEnhancement])
+@pytest.mark.parametrize('shared', [False, True])
+def test_each_stream_reads_every_other(kind, n, shared):
+    assert (reading(kind(8, n, shared=shared), n, 8, (3, 6)) > 1e-9).all()
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_cross_mamba_reads_far_through_the_others_scan(n):
+    block = CrossMamba(6, n).double()
+    streams = list(torch.randn(n, 1, 6, 7, 9).double())
+    for j in range(n):
+        other = [s.clone() for s in streams]
+        other[j][..., 0, 0] *= -1
+        with torch.no_grad(): change = torch.stack(block(*other))-torch.stack(block(*streams))
+        assert (change.abs().amax((1, 2))[:, -1, -1] > 0).all()
+
+def test_gates_are_the_others():
+    a, b, c = torch.randn(3, 2, 4)
+    assert torch.equal(by_others([a])[0], a) and all(torch.equal(p, q) for p, q in zip(by_others([a, b]), (b, a), strict=True))
+    torch.testing.assert_close(by_others([a, b, c])[1], (a+c)/2)
+
+@pytest.mark.parametrize('n', [2, 3, 4])
+def test_every_gate_learns(n):
+    cross = CrossMamba(4, n)
+    sum((o*torch.randn_like(o)).sum() for o in cross(*torch.randn(n, 1, 4, 3, 5))).backward()
+    for p in cross.in_proj:
+        scanned, gate = p.weight.grad.chunk(2)
+        assert scanned.abs().max() > 0 and gate.abs().max() > 0
+
+def test_closed_gates_silence_the_other_scan():
+    "With T2's gate shut T1's scan is not read, and the other way round: which gate goes with which scan"
+    cross = CrossMamba(4, 2).double()
+    f1, f2 = torch.randn(2, 1, 4, 5, 6).double()
+    with torch.no_grad():
+        cross.in_proj[1].weight.chunk(2)[1].zero_()                 # SiLU(0) = 0: gate of stream 2 shut, so scan 1 is unread
+        base = cross(f1, f2)
+        v = cross.in_proj[0].weight.chunk(2)[0]
+        v.neg_()                                                    # scan 1 changes, gate 1 does not
+        same = cross(f1, f2)
+        v2 = cross.in_proj[1].weight.chunk(2)[0]
+        v2.neg_()
+        moved = cross(f1, f2)
+    assert all(torch.equal(a, b) for a, b in zip(base, same, strict=True))
+    assert all(not torch.allclose(a, b) for a, b in zip(base, moved, strict=True))
+
+@pytest.mark.parametrize('kind', [CrossModalMamba, ChannelSwapMamba])
+def test_input_is_added_once(kind):
+    block, streams = kind(6, 3), list(torch.randn(3, 2, 6, 5, 4))
+    mixers = [block.mixer] if kind is CrossModalMamba else block.mixers
+    for m in mixers:
+        for p in m.out_proj.parameters(): nn.init.zeros_(p)
+    assert all(torch.equal(a, b) for a, b in zip(block(*streams), streams, strict=True))
+
+def test_cross_mamba_takes_scan_orders_and_can_be_traced():
+    cross = CrossMamba(4, 2, directions=('raster', 'snake', 'hilbert'))
+    streams = torch.randn(2, 1, 4, 4, 4)
+    assert cross(*streams)[0].shape == (1, 4, 4, 4) and trace(cross, list(streams)).state.shape[:2] == (2, 3)
+
+@pytest.mark.parametrize('theta, total', [(0., 1.), (.25, .75), (1., 0.), (2., -1.)])
+def test_dynamic_local_conv_sums(theta, total):
+    local = DynamicLocalConv(3)
+    nn.init.constant_(local.theta, theta)
+    torch.testing.assert_close(local.kernel().sum((2, 3)), total*local.conv.weight.sum((2, 3)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(local.kernel()[..., 0, :], local.conv.weight[..., 0, :])
+
+def test_dynamic_local_conv_learns_theta_and_m():
+    local = DynamicLocalConv(3)
+    local(torch.randn(1, 3, 5, 7)).square().sum().backward()
+    assert local.theta.grad.abs() > 0 and (local.m.grad.abs() > 0).all()
+
+def test_difference_attention_weights_add_to_one_and_do_not_grow():
+    x = list(torch.randn(2, 2, 3, 5, 7))
+    F1, F2 = difference_attention(*x)
+    torch.testing.assert_close(F1-x[0]+F2-x[1], x[0]+x[1])
+    same = difference_attention(x[0], x[0], x[0], x[0])
+    for got in same: torch.testing.assert_close(got, 2*x[0])
+
+@pytest.mark.parametrize('n, fusion', list(itertools.product((1, 2, 3, 4), FUSIONS)))
+def test_fusion_sizes(n, fusion):
+    net = Fusion(n, 1, width=4, depth=1, fusion=fusion)
+    for size in ((2, 3), (7, 5), (16, 9)):
+        y = net(torch.randn(2, n, *size))
+        assert y.shape == (2, 1, *size) and y.isfinite().all()
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_shared_weights_do_not_ask_who_is_first(n):
+    net, x = Fusion(n, width=6, depth=1, shared=True).double(), torch.randn(1, n, 6, 5).double()
+    torch.testing.assert_close(net(x.roll(1, 1)), net(x))
+    own = Fusion(n, width=6, depth=1).double()
+    assert not torch.allclose(own(x.roll(1, 1)), own(x))
+
+def test_sources_keep_their_streams():
+    "Stream i belongs to source i: without exchange between streams only its own image moves it"
+    net = Fusion(3, width=4, depth=1)
+    seen = []
+    for head in net.heads: head.register_forward_hook(lambda m, a, o: seen.append(a[0]))
+    x = torch.randn(1, 3, 5, 6)
+    net(x)
+    assert [torch.equal(s, x[:, i:i+1]) for i, s in enumerate(seen)] == [True]*3
+
+# networks
+
+@pytest.mark.parametrize('size', [(64, 64), (96, 160), (32, 224), (256, 32)])
+@pytest.mark.parametrize('n, noise, k', [(1, 1, 1), (2, 1, 1), (3, 2, 2), (4, 1, 1), (1, 2, 2), (2, 0, 1), (1, 4, 8)])
+def test_mm2ct_sizes_and_channels(size, n, noise, k):
+    net = MM2CT(n, noise, k, **TINY | dict(directions=('raster',)))
+    with torch.no_grad(): y = net(torch.randn(1, n+noise, *size), *beside())
+    assert y.shape == (1, k, *size) and y.abs().max() < 1
+
+@pytest.mark.parametrize('size', [(64, 64), (12, 20), (36, 28), (256, 64)])
+def test_resnet_sizes(size):
+    for n, k, norm in ((1, 1, 'instance'), (4, 2, 'batch')):
+        net = ResNetGenerator(n, k, n_blocks=2, base_channels=3, norm=norm)
+        assert net(torch.randn(2, n, *size)).shape == (2, k, *size)
+
+@pytest.mark.parametrize('levels', [1, 2, 4, 6])
+@pytest.mark.parametrize('outputs', ['as_inputs', 'targets'])
+def test_unet_levels_and_odd_widths(levels, outputs):
+    net = DiffusiveUNet(2, 1, 1, base_channels=3, multipliers=(1, 2, 1, 3, 1, 2)[:levels], n_blocks=1, attention_at=(1, 4), outputs=outputs,
+        n_latent=5, n_style=7, n_layers=1, taps=(1, 1))
+    y = net(torch.randn(2, 3, 32, 64), *beside(2, 5))
+    assert y.shape == (2, 1, 32, 64) and net.tail.out_channels == (3 if outputs == 'as_inputs' else 1)
+
+def test_idle_outputs_do_not_touch_the_kept():
+    net = DiffusiveUNet(1, 1, 1, base_channels=4, multipliers=(1, 1), n_blocks=1)
+    x, (t, z) = torch.randn(1, 2, 32, 32), beside()
+    before = net(x, t, z)
+    with torch.no_grad(): net.tail.weight[1:].fill_(9.)
+    assert torch.equal(net(x, t, z), before)
+
+def test_unet_forward_by_hand():
+    "The way through, kept maps and pyramid, written out for three levels of one block each"
+    net = DiffusiveUNet(1, 1, 1, base_channels=4, multipliers=(1, 2, 3), n_blocks=1).double()
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear): nn.init.normal_(m.weight, 0, .3)
+    x, (t, z) = torch.randn(2, 2, 32, 64).double(), beside(2)
+    e, s, join = net.time(t), net.latent(z.double()), lambda *maps: torch.cat(maps, 1)
+    a, d, m = ([lambda h, f=f: f(h, e, s) for f in part] for part in (net.encoder, net.decoder, net.middle))
+    h0 = net.head(x)
+    h1 = a[0](h0)
+    p1 = h2 = (net.pyramid[0](x)+a[1](h1))/2**.5
+    h3 = a[2](h2)
+    h4 = (net.pyramid[1](p1)+a[3](h3))/2**.5
+    h5 = a[4](h4)
+    h = d[2](d[1](join(d[0](join(m[1](m[0](h5)), h5)), h4)))
+    h = d[5](d[4](join(d[3](join(h, h3)), h2)))
+    h = d[7](join(d[6](join(h, h1)), h0))
+    assert [b.resample for b in net.decoder] == ['keep', 'keep', 'up', 'keep', 'keep', 'up', 'keep', 'keep']
+    torch.testing.assert_close(net(x, t, z.double()), torch.tanh(net.tail(F.silu(net.norm(h))))[:, :1])
+
+def test_everything_given_moves_the_output():
+    net = MM2CT(3, 2, 1, **TINY).double()
+    x, (t, z) = torch.randn(1, 5, 32, 32).double(), beside()
+    z = z.double()
+    base = net(x, t, z)
+    for k in range(5): assert (net(x.index_fill(1, torch.tensor([k]), .3), t, z)-base).abs().max() > 0
+    assert (net(x, t+1, z)-base).abs().max() > 0 and (net(x, t, -z)-base).abs().max() > 0
+
+def test_fuse_once_denoise_often():
+    net, x = MM2CT(2, **TINY), torch.randn(2, 3, 32, 32)
+    condition = net.fuse(x[:, :2])
+    for step in (3, 2, 1, 0):
+        t, z = torch.full((2,), step), torch.randn(2, 64)
+        torch.testing.assert_close(net.denoise(condition, x[:, 2:], t, z), net(x, t, z))
+
+def test_switches_change_names_or_shapes_and_output():
+    record = network('mm2ct')
+    x, (t, z) = torch.randn(1, 3, 32, 32), beside(1, 8)
+    built = {}
+    for name, switch in {'smallest': {}, **record.ablations}.items():
+        torch.manual_seed(0)
+        built[name] = record.build(**record.smallest | switch)
+    seen = {n: names(net) for n, net in built.items()}
+    for a, b in itertools.combinations(built, 2):
+        assert seen[a] != seen[b]
+        assert not torch.allclose(built[a](x, t, z), built[b](x, t, z), atol=1e-12)
+
+def test_stand_ins_are_concatenation_and_a_convolution_1():
+    with torch.device('meta'):
+        full, no_cross, plain, both = (MM2CT(fusion=f) for f in ('full', 'no_cross', 'no_enhancement', 'concatenation'))
+    assert [m.mix.weight.shape for m in no_cross.fusion.cross] == [(64, 64, 1, 1)]
+    assert [m.mix.weight.shape for m in plain.fusion.merge] == [(32, 64, 1, 1)]
+    assert {n for n, _ in both.fusion.named_parameters()} == {'mix.weight', 'mix.bias'} and both.fusion.mix.weight.shape == (1, 2, 1, 1)
+    assert not any('local' in n for n in names(plain)) and any('local' in n for n in names(full))
+    assert not any(isinstance(m, CrossMamba) for m in no_cross.modules())
+    kinds = [type(m) for m in full.modules()]
+    assert kinds.count(MambaBlock) == 2*2+2 and kinds.count(ChannelSwapMamba) == kinds.count(CrossMamba) == 2
+
+@pytest.mark.parametrize('spec', [Spec(s, n, k, steps, latent) for s, n, k, steps, latent in
+    [(1, 0, 1, 0, 0), (4, 0, 1, 0, 0), (1, 1, 2, 0, 0), (1, 1, 2, 4, 0), (2, 1, 1, 4, 64), (1, 4, 8, 1000, 0), (2, 1, 1, 4, 32)]])
+def test_fits_every_recipe(spec):
+    record = network('mm2ct')
+    config = record.smallest | record.fits(spec)
+    net = record.build(**config)
+    t, z = torch.tensor([min(999, spec.steps)]), torch.randn(1, spec.latent or 64)
+    assert net(torch.randn(1, spec.sources+spec.noise, 32, 32), t, z).shape == (1, spec.targets, 32, 32)
+
+@pytest.mark.parametrize('change, said', [(dict(fusion='no_cros'), "'no_cross'"),
+    (dict(n_noise=-1), 'at least 0'), (dict(n_noise=1.5), 'at least 0'),
+    (dict(multipliers=[]), 'one to six'), (dict(multipliers=[1]*7), 'one to six'), (dict(multipliers=[1, 0]), 'at least 1'),
+    (dict(width=0), 'at least 1'), (dict(depth=0), 'at least 1'), (dict(n_condition=0), 'at least 1'), (dict(n_sources=0), 'at least 1'),
+    (dict(n_targets=True), 'at least 1'), (dict(directions=['rastr']), 'raster'), (dict(fuson='full'), "'fusion'")])
+def test_wrong_settings_are_refused_in_words(change, said):
+    with pytest.raises(ConfigError, match=said): network('mm2ct').build(**TINY | change)
+
+@pytest.mark.parametrize('change, said', [(dict(norm='instanse'), "'instance'"),
+    (dict(n_blocks=0), 'at least 1'), (dict(norm_at_test='runing'), "'running'")])
+def test_wrong_resnets_are_refused_in_words(change, said):
+    with pytest.raises(ConfigError, match=said): ResNetGenerator(**change)
+
+def test_wrong_inputs_are_refused_in_words():
+    net, (t, z) = MM2CT(2, **TINY), beside()
+    for x, said in [(torch.zeros(1, 2, 32, 32), '3 channels'), (torch.zeros(1, 3, 48, 32), 'divisible by 32'),
+            (torch.zeros(3, 32, 32), 'batch axis')]:
+        with pytest.raises(ShapeError, match=said): net(x, t, z)
+    x = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(ShapeError, match='time for MM2CT'): net(x, t, z.expand(2, -1))
+    with pytest.raises(ShapeError, match='latent for MM2CT'): net(x, t.expand(2), z)
+
+def test_backends_agree_on_the_whole_network():
+    net, x, (t, z) = MM2CT(2, **TINY).double(), torch.randn(1, 3, 32, 32).double(), beside()
+    with torch.no_grad():
+        outs = [set_backend(net, b)(x, t, z.double()) for b in ('reference', 'chunked', 'auto')]
+    for o in outs[1:]: torch.testing.assert_close(o, outs[0], atol=1e-12, rtol=1e-9)
+
+def test_recomputed_activations_give_the_same_gradients():
+    x, (t, z), grads = torch.randn(2, 3, 32, 32), beside(2), []
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = activation_checkpointing(MM2CT(2, **TINY), on)
+        net(x, t, z).square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+def test_recomputing_stores_less():
+    stored = []
+    for on in (False, True):
+        total = []
+        net = activation_checkpointing(MM2CT(2, **TINY), on)
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, total=total: total.append(v.numel()) or v, lambda v: v):
+            net(torch.randn(1, 3, 32, 32), *beside())
+        stored.append(sum(total))
+    assert stored[1] < .6*stored[0]
+
+def test_deterministic_and_untouched_by_a_pass_without_gradient():
+    net, x, (t, z) = MM2CT(2, **TINY).eval(), torch.randn(1, 3, 32, 64), beside()
+    kept = x.clone()
+    with torch.no_grad(): first, again = net(x, t, z), net(x, t, z)
+    assert torch.equal(first, again) and torch.equal(x, kept)
+    torch.testing.assert_close(net(x, t, z), first, atol=1e-6, rtol=1e-5)
+
+def test_maps_come_in_order():
+    net = MM2CT(2, **TINY)
+    maps = maps_of(net, torch.randn(1, 3, 32, 32), *beside())
+    encoder, decoder = ([f'{part}_{k}' for k in range(n)] for part, n in (('encoder', 3), ('decoder', 5)))
+    assert list(maps) == ['condition', 'head', *encoder, 'middle_0', 'middle_1', *decoder, 'out']
+    assert not any(m._forward_hooks for m in net.modules())
