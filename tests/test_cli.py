@@ -217,20 +217,6 @@ def test_paths_that_are_not_there(tmp_path, say, monkeypatch, words, piece):
     one_sentence(status, err, piece)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('name,edition,sources,target', [('ixi-like', None, 'T1,T2', 'PD'), ('brats-like', '2020', 'T1,T2,T1POST', 'FLAIR'),
-    ('pelvis-like', None, 'T1,T2', 'CT'), ('synthrad-like', '2025', 'MR', 'CT')])
-def test_an_archive_becomes_a_cohort_that_trains(tmp_path, say, name, edition, sources, target):
-    raw = preset(name, subjects=4, edition=edition, **(dict(coarser=(5, 5, 4)) if name == 'ixi-like' else {})).write(tmp_path/'raw')
-    status, out, err = say('prepare', raw, '--fractions', '0.5', '0', '0.5', '--out', tmp_path/'out')
-    assert status == 0 and 'next: i2i-mamba train' in out, err
-    cohort = read_manifest(tmp_path/'out'/'manifest.csv')
-    assert cohort.info['simulated'] and {'train', 'test'} == {s.split for s in cohort.subjects}
-    page = (tmp_path/'out'/'manifest-page'/'report.html').read_text()
-    assert 'SIMULATED DATA' in page and page.count('<img') >= 1+(name == 'ixi-like')
-    words = ['--sources', sources, '--target', target, '--out', tmp_path/'run', '--preset', 'smoke', '--steps', 1]
-    status, out, err = say('train', tmp_path/'out'/'manifest.csv', *words)
-    assert status == 0 and (tmp_path/'run'/'weights.safetensors').exists(), err
-
 def test_steps_from_a_file_go_on_and_redo_only_what_depends(made, tmp_path, say):
     (tmp_path/'steps.json').write_text('{"size": [16, 20], "slices": 5}')
     words = ['prepare', made/'manifest.csv', '--steps', tmp_path/'steps.json', '--out', tmp_path/'out', '--workers', 1]
@@ -250,10 +236,14 @@ def test_failed_subjects_are_listed_at_the_end(tmp_path, say):
     (folder/'p2'/'T2.nii.gz').write_bytes(b'')
     status, out, err = say('prepare', folder/'manifest.csv', '--steps', 'grid', '--out', tmp_path/'out')
     one_sentence(status, err, 'p2: ', 'T2.nii.gz', '0 bytes', 'All others are in')
+    rows = list(csv.DictReader((tmp_path/'out'/'log.csv').open(newline='')))
+    assert {r['subject']: r['status'] for r in rows} == {p: 'failed' if p == 'p2' else 'unchanged' for p in ('p1', 'p2', 'p3', 'p4')}
     (tmp_path/'s.json').write_text('{"slices": 4}')
     status, out, err = say('prepare', folder/'manifest.csv', '--steps', tmp_path/'s.json', '--out', tmp_path/'out')
     one_sentence(status, err, 'p2: ', 'All others are in')
     assert [s.patient for s in read_manifest(tmp_path/'out'/'manifest.csv').subjects] == ['p1', 'p3', 'p4']
+    status, out, err = say('prepare', folder, '--steps', tmp_path/'s.json', '--out', tmp_path/'direct', '--workers', 1)
+    one_sentence(status, err, 'p2: ', 'T2.nii.gz', 'All others are in')       # found damaged when the folder was read
 
 def test_private_stacks_become_a_cohort(tmp_path, say):
     for m in ('T1', 'T2'):

@@ -16,6 +16,7 @@ from i2i_mamba_nb.data.cohort import (
     content_hash,
     file_hashes,
     hash_path,
+    is_blank,
     natural_key,
     read_manifest,
     require,
@@ -136,6 +137,29 @@ def test_one_scan_in_two_files(tmp_path, order, flips):
     assert check_leakage(c, voxels=True).subjects == rows
     (tmp_path/'b.nii').write_bytes(b'x'*400)
     with pytest.raises(VolumeError, match='b.nii'): check_leakage(c, voxels=True)
+
+def test_blank_images_show_nobody(tmp_path, monkeypatch):
+    from i2i_mamba_nb.data import cohort as module
+    reads, real = [], module.read_volume
+    monkeypatch.setattr(module, 'read_volume', lambda p: reads.append(p.name) or real(p))
+    def put_volume(name, data, affine=None): return write_volume(tmp_path/name, Volume(data, np.eye(4) if affine is None else affine))
+    for k, fill in (('z', 0), ('o', -1024)):
+        for p in 'abc': put_volume(f'{k}{p}.nii', np.full((6, 5, 4), fill, np.float32))
+    for p, key in zip('abc', (1, 2, 1), strict=True): put_volume(f'{p}.nii', voxels((6, 5, 4), key))
+    def c(*names): return Cohort(tuple(Subject(p, s, {f'M{k}': tmp_path/n.format(p) for k, n in enumerate(names)})
+        for p, s in zip('abc', ('train', 'train', 'test'), strict=True)), ('M0', 'M1'), tmp_path)
+    assert check_leakage(c('z{}.nii', 'o{}.nii')) and sorted(reads) == ['oc.nii', 'zc.nii']     # one look per content, on collision only
+    reads.clear()
+    with pytest.raises(CohortError, match='the same content as .*c.nii'): check_leakage(c('z{}.nii', '{}.nii'))
+    assert sorted(reads) == ['c.nii', 'zc.nii']
+    put_volume('zc.nii', np.zeros((6, 5, 4), np.float32), np.diag([-1., 1, 1, 1]))         # other bytes, equal voxels
+    two = Cohort(tuple(Subject(p, s, {'M0': tmp_path/f'z{p}.nii'}) for p, s in (('a', 'train'), ('c', 'test'))), ('M0',), tmp_path)
+    assert check_leakage(two, voxels=True)
+    (tmp_path/'za.nii').write_bytes(b'no volume'), (tmp_path/'zc.nii').write_bytes(b'no volume')
+    with pytest.raises(CohortError, match='the same content'): check_leakage(two)               # what cannot be read is not blank
+    almost = np.zeros((6, 5, 4), np.float32)
+    almost[5, 4, 3] = 1e-6
+    assert is_blank(tmp_path/'ob.nii') and not is_blank(put_volume('almost.nii', almost)) and not is_blank(tmp_path/'none.nii')
 
 def test_hash_of_a_folder(tmp_path):
     for name, texts in dict(a='xy', b='yx', c='xx', d='x').items():

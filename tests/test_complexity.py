@@ -328,13 +328,13 @@ def test_doctor_lists_models_and_names_what_is_not_as_recorded(monkeypatch, caps
     lines = capsys.readouterr().out.splitlines()
     assert [w.split()[0] for w in lines] == list(shown) and all(' as recorded' in w for w in lines)
     assert '7,825,153' in lines[1] and '75.19 GMAC' in lines[2] and 'weights simulated_t1_t2_to_pd' in lines[2]
-    r = shown['resnet6']
+    r, mamba = shown['resnet6'], shown['i2i_mamba']
     wrong = dict(parameters=replace(r, n_parameters=(({}, 1),)), adds=replace(r, multiply_adds=(({}, (256, 256), 2),)),
         unbuilt=replace(r, n_parameters=((dict(n_bloks=1), 1),)), bare=replace(r, n_parameters=()))
     said = dict(parameters='7,825,153 parameters with {}, recorded 1', adds='multiply-adds with {}, recorded 2',
         unbuilt='cannot be built', bare='nothing recorded')
     for name, record in wrong.items():
-        shown.clear(), shown.update({name: record})
+        shown.clear(), shown.update({name: record, 'i2i_mamba': mamba})
         assert cli.main(['doctor', '--models']) == 2
         seen = capsys.readouterr()
         assert said[name] in seen.out and 'not what its record says' in seen.err

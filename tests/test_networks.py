@@ -85,7 +85,7 @@ def test_every_switch_changes_weights_and_output(record, switch):
     names = [{n: tuple(v.shape) for n, v in net.state_dict().items()} for net in nets]
     assert names[0] != names[1], 'the same weights with and without'
     with torch.no_grad(): a, b = (flat(net.train()(*inputs(record, c))) for net, c in zip(nets, configs, strict=True))
-    assert a.shape != b.shape or not torch.allclose(a, b, atol=1e-4)
+    assert a.shape != b.shape or (a-b).abs().max() > 1e-3*a.abs().max()
 
 @every
 def test_01_builds_from_its_record(record, config):

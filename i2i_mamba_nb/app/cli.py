@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['app', 'PLAIN', 'PREPARE', 'SHORT', 'PACKAGES', 'options', 'main', 'read_setting', 'parse_settings', 'columns_text',
            'named_splits', 'with_splits', 'check_unused', 'found_cohort', 'cohort_text', 'with_options',
-           'manifest_place', 'prepared', 'prepare', 'next_command', 'check_failures', 'run_config', 'remembered',
-           'check_buildable', 'train_run', 'train', 'resume', 'source_paths', 'study_outputs', 'predict',
+           'manifest_place', 'stoppable', 'prepared', 'prepare', 'next_command', 'check_failures', 'run_config',
+           'remembered', 'check_buildable', 'train_run', 'train', 'resume', 'source_paths', 'study_outputs', 'predict',
            'predict_files', 'predict_split', 'baselines_of', 'evaluate_run', 'evaluate', 'template_file', 'diagnosis',
-           'diagnosis_text', 'doctor', 'demo']
+           'diagnosis_text', 'network_state', 'packaged_weights', 'model_lines', 'say_models', 'doctor', 'demo']
 
 # %% ../../nbs/8_app/89_cli.ipynb #9de8246a
 import contextlib
@@ -33,7 +33,7 @@ def _version(show):
 app = typer.Typer(name='i2i-mamba', rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
     no_args_is_help=True, context_settings=dict(max_content_width=110, help_option_names=['-h', '--help']))
 
-# %% ../../nbs/8_app/89_cli.ipynb #fa4ee110
+# %% ../../nbs/8_app/89_cli.ipynb #61078407
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option('--debug', help='Show the whole trace of an expected error; may stand anywhere.')] = False,
@@ -44,6 +44,7 @@ def options(
     \b
     First steps:
       i2i-mamba doctor                           what works on this machine
+      i2i-mamba doctor --models                  every network, its size and whether it is what its record says
       i2i-mamba demo                             the whole path on simulated data, minutes
       i2i-mamba prepare DATA --test patient19    a manifest for a folder of NIfTI volumes
       i2i-mamba train DATA/manifest.csv --sources T1,T2 --target FLAIR --out runs/flair
@@ -268,7 +269,18 @@ def manifest_place(
     folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
     return (folder.with_name(folder.name+'-prepared') if made else folder)/('manifest.csv' if source.is_dir() or made else source.name)
 
-# %% ../../nbs/8_app/89_cli.ipynb #83af0c35
+# %% ../../nbs/8_app/89_cli.ipynb #6aacace8
+@contextlib.contextmanager
+def stoppable(
+    note='stopped; the same command goes on',   # said where the interrupted work has nothing to say
+):
+    "Context, or decorator, in which Ctrl-C becomes a line on stderr and status 130"
+    try: yield
+    except KeyboardInterrupt as e:
+        typer.echo(f'i2i-mamba: {str(e) or note}', err=True)
+        raise typer.Exit(130) from None
+
+# %% ../../nbs/8_app/89_cli.ipynb #a90f19b9
 def prepared(
     cohort,         # a Cohort
     steps,          # a name of STEPS, 'none', a JSON file, or None: what is needed
@@ -284,13 +296,15 @@ def prepared(
         path = place(True)
         done = prepare_cohort(cohort, path.parent, chosen, workers=workers, progress=_bar('prepare'))
         return done.cohort, before | done.failures, path
-    if look: cohort, failures = look_at_cohort(cohort, chosen or STEPS['grid'], workers=workers, progress=_bar('look'))
+    if look: cohort, failures = look_at_cohort(cohort, chosen or STEPS['grid'], workers=workers, progress=_bar('look'),
+        log=place(False).parent/'log.csv')
     else: failures = {}
     return cohort, before | failures, place(False)
 
-# %% ../../nbs/8_app/89_cli.ipynb #f8458c6b
+# %% ../../nbs/8_app/89_cli.ipynb #63fdc22d
 @app.command()
 @with_options(PREPARE)
+@stoppable()
 def prepare(
     source: Annotated[Path, typer.Argument(metavar='FOLDER|MANIFEST', help='Folder of volumes, or a manifest.')],
     steps: Annotated[str | None, typer.Option(help='What is done to the images: none, grid, brain, pelvis, guided, clean, or a JSON file.',
@@ -323,7 +337,7 @@ def prepare(
     check_failures(failures, path)
     typer.echo(next_command(cohort, path))
 
-# %% ../../nbs/8_app/89_cli.ipynb #9a11fded
+# %% ../../nbs/8_app/89_cli.ipynb #7b8fa0df
 def next_command(cohort, path):
     "What can be done with a manifest, as a line"
     *sources, target = [m for m in cohort.modalities if all(m in s.paths for s in cohort.subjects)] or ['']
@@ -331,14 +345,14 @@ def next_command(cohort, path):
     if not sources: return 'next: nothing to train, no two modalities that every subject has'
     return f'next: i2i-mamba train {path} --sources {",".join(sources)} --target {target} --out runs/{target.lower()}'
 
-# %% ../../nbs/8_app/89_cli.ipynb #229f5ecd
+# %% ../../nbs/8_app/89_cli.ipynb #2aa3f4bf
 def check_failures(failures, path):
     "CohortError that lists every subject that failed, where there is one"
     from i2i_mamba_nb.core import CohortError
     if failures: raise CohortError(f'{len(failures)} subjects', given='; '.join(f'{n}: {e}' for n, e in failures.items()),
         expected='files that can be prepared', hint=f'All others are in {path}.')
 
-# %% ../../nbs/8_app/89_cli.ipynb #7f15f51e
+# %% ../../nbs/8_app/89_cli.ipynb #47fe0952
 SHORT = {
     'preset': (str, 'laptop', 'Scale of network and training: smoke, laptop or paper.'),
     'network': (str, 'i2i_mamba', 'Registered generator, see doctor.'),
@@ -348,7 +362,7 @@ SHORT = {
     'seed': (int, 0, 'Of weights, order and crops.'),
 }
 
-# %% ../../nbs/8_app/89_cli.ipynb #f0911735
+# %% ../../nbs/8_app/89_cli.ipynb #7fd5ea46
 def run_config(
     sources,        # modalities that go in, with commas
     target,         # modality that comes out
@@ -372,7 +386,7 @@ def run_config(
         asked['network_args'] = switches[ablation] | asked.get('network_args', {})
     return preset_config(asked.pop('preset'), **asked)
 
-# %% ../../nbs/8_app/89_cli.ipynb #6c299246
+# %% ../../nbs/8_app/89_cli.ipynb #c76c64b4
 def _main_process(): "Is this the first of several processes, or the only one?"; return os.environ.get('RANK', '0') == '0'
 
 @contextlib.contextmanager
@@ -391,7 +405,7 @@ def remembered(
             with contextlib.suppress(OSError): note.unlink()
             with contextlib.suppress(OSError): was or Path(out).rmdir()
 
-# %% ../../nbs/8_app/89_cli.ipynb #d107e4dc
+# %% ../../nbs/8_app/89_cli.ipynb #6941c4bc
 def check_buildable(config):
     "Refuse unknown settings of networks and recipe before any volume is read; nothing is allocated. Raises ConfigError"
     import torch
@@ -399,7 +413,7 @@ def check_buildable(config):
     from i2i_mamba_nb.engine.train import build_recipe
     with torch.device('meta'): build_recipe(config)
 
-# %% ../../nbs/8_app/89_cli.ipynb #bdfeb900
+# %% ../../nbs/8_app/89_cli.ipynb #956011be
 def train_run(
     config,         # a TrainConfig
     manifest,       # path
@@ -412,17 +426,13 @@ def train_run(
     check_buildable(config)
     cohort = read_manifest(manifest)
     require(cohort, [*config.sources, config.target], 'train')
-    try:
-        with remembered(out, manifest): train(config, cohort, out)
-    except KeyboardInterrupt as e:
-        typer.echo(f'i2i-mamba: {e or "stopped; the same command goes on"}', err=True)
-        raise typer.Exit(130) from None
+    with stoppable(), remembered(out, manifest): train(config, cohort, out)
     if _main_process():
         done = read_json(Path(out)/'run.json')
         typer.echo(f'{done["steps"]} steps in {done["seconds"]:.0f} s, weights in {Path(out)/"weights.safetensors"}')
         typer.echo(f'next: i2i-mamba evaluate {out} {manifest}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #9ab1f7ee
+# %% ../../nbs/8_app/89_cli.ipynb #14696e58
 @app.command()
 @with_options(SHORT)
 def train(
@@ -449,7 +459,7 @@ def train(
     """
     train_run(run_config(sources, target, settings or (), **short), manifest, out)
 
-# %% ../../nbs/8_app/89_cli.ipynb #5659d392
+# %% ../../nbs/8_app/89_cli.ipynb #08d1c6d5
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help='Folder of a run that was interrupted.')],
@@ -468,7 +478,7 @@ def resume(
     config = from_dict(TrainConfig, read_json(run/'config.json'))
     train_run(config, manifest or read_json(run/'command.json')['manifest'], run)
 
-# %% ../../nbs/8_app/89_cli.ipynb #6e8e7b16
+# %% ../../nbs/8_app/89_cli.ipynb #cfdb470f
 def source_paths(
     pairs,          # words NAME=path
     known,          # modalities that the run takes
@@ -492,7 +502,7 @@ def source_paths(
             hint=f'Add --source {lacking[0]}=file.nii.gz; the run was trained with it and has no substitute.')
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #069ae90d
+# %% ../../nbs/8_app/89_cli.ipynb #2e20dbf8
 def study_outputs(
     subjects,       # of a cohort
     target,         # modality that is made
@@ -502,7 +512,7 @@ def study_outputs(
     def name(s): return '_'.join(filter(None, (s.patient, s.session, f'synthetic-{target}')))
     return [(s, Path(folder)/f'{name(s)}.nii.gz') for s in subjects]
 
-# %% ../../nbs/8_app/89_cli.ipynb #35b737b9
+# %% ../../nbs/8_app/89_cli.ipynb #a1f87735
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -529,7 +539,7 @@ def predict(
             expected='--source NAME=PATH ... --out FILE, or MANIFEST --out FOLDER', hint='See i2i-mamba predict --help.')
     for path in predict_files(run, source, out) if source else predict_split(run, manifest, split, out): typer.echo(f'wrote {path}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #83ed27af
+# %% ../../nbs/8_app/89_cli.ipynb #9c3f7876
 def predict_files(run, source, out):
     "Synthesise from files; yields the path written"
     from i2i_mamba_nb.engine.predict import load_run, predict_subject
@@ -537,7 +547,7 @@ def predict_files(run, source, out):
     predict_subject(run, source_paths(source, list(run.config.sources)), out, progress=_main_process())
     yield out
 
-# %% ../../nbs/8_app/89_cli.ipynb #b9629df1
+# %% ../../nbs/8_app/89_cli.ipynb #b47980bd
 def predict_split(run, manifest, split, out):
     "Synthesise every subject of a split; yields the paths written"
     from i2i_mamba_nb.data.cohort import read_manifest, require
@@ -548,7 +558,7 @@ def predict_split(run, manifest, split, out):
         predict_subject(run, {m: subject.paths[m] for m in sources}, path, progress=_main_process())
         yield path
 
-# %% ../../nbs/8_app/89_cli.ipynb #3e650e32
+# %% ../../nbs/8_app/89_cli.ipynb #6fb1f356
 def baselines_of(
     cohort,         # a Cohort
     sources,        # modalities
@@ -561,7 +571,7 @@ def baselines_of(
     made = fit_copy(cohort, sources, target), fit_mean_image(cohort, sources, target), fit_pixel_mlp(cohort, sources, target, seed=seed)
     return {b.name: b for b in made}
 
-# %% ../../nbs/8_app/89_cli.ipynb #4c038697
+# %% ../../nbs/8_app/89_cli.ipynb #864b6ddc
 def evaluate_run(folder, manifest, split, out, baselines):
     "(Assessment, path of the page) of a run on a split. Raises I2IError"
     from i2i_mamba_nb.app.report import assess, evaluation_page
@@ -580,7 +590,7 @@ def evaluate_run(folder, manifest, split, out, baselines):
     log = {run.config.network: Path(folder)/'log.csv'} if (Path(folder)/'log.csv').exists() else {}
     return found, evaluation_page(out, title, found, facts, logs=log, files={'card.json': 'protocol, versions, settings'})
 
-# %% ../../nbs/8_app/89_cli.ipynb #1b07bc5c
+# %% ../../nbs/8_app/89_cli.ipynb #e27f9aa4
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help='Folder of a finished run, or the name of one that ships with the package.')],
@@ -603,11 +613,11 @@ def evaluate(
     if baselines and len(found.summary) == 1: typer.echo('no training subject in the manifest: baselines left out', err=True)
     typer.echo(f'{columns_text(results_rows(found.summary))}\nwrote {page}')
 
-# %% ../../nbs/8_app/89_cli.ipynb #6f015991
+# %% ../../nbs/8_app/89_cli.ipynb #d39dbcfd
 PACKAGES = ('numpy', 'scipy', 'einops', 'safetensors', 'nibabel', 'SimpleITK', 'scikit-image', 'scikit-learn', 'nilearn', 'pandas',
     'matplotlib', 'accelerate', 'triton', 'mamba-ssm')
 
-# %% ../../nbs/8_app/89_cli.ipynb #69913337
+# %% ../../nbs/8_app/89_cli.ipynb #19464006
 def _package_versions():
     "dict package -> version, or 'not installed'"
     from importlib import metadata
@@ -619,7 +629,7 @@ def _package_versions():
         except metadata.PackageNotFoundError: out[name] = 'not installed'
     return out
 
-# %% ../../nbs/8_app/89_cli.ipynb #94592e2d
+# %% ../../nbs/8_app/89_cli.ipynb #c62c8459
 def _machine():
     "dict: what the computer has"
     import psutil
@@ -632,7 +642,7 @@ def _machine():
         memory=f'{memory.total/gb:.1f} GB, {memory.available/gb:.1f} GB free', accelerator=', '.join(gpu) or 'none',
         disk=f'{free_bytes(Path.cwd())/gb:.1f} GB free here')
 
-# %% ../../nbs/8_app/89_cli.ipynb #b0f8220c
+# %% ../../nbs/8_app/89_cli.ipynb #731624a4
 def template_file():
     "Path of the MNI152 template inside nilearn, or None"
     from importlib.util import find_spec
@@ -640,7 +650,7 @@ def template_file():
     folder = Path(spec.origin).parent/'datasets'/'data' if spec else None
     return next(iter(sorted(folder.glob('*t1*nii.gz'))), None) if folder else None
 
-# %% ../../nbs/8_app/89_cli.ipynb #07ef5de4
+# %% ../../nbs/8_app/89_cli.ipynb #e93c0100
 def diagnosis():
     "dict section -> dict name -> state: what works here"
     from i2i_mamba_nb.core import networks, recipes
@@ -651,28 +661,86 @@ def diagnosis():
     return {'versions': _package_versions(), 'machine': _machine(), 'scan backends': scans, 'registry': records,
         'data': {'template': str(found) if found else 'missing: pip install --force-reinstall nilearn'}}
 
-# %% ../../nbs/8_app/89_cli.ipynb #b2454209
+# %% ../../nbs/8_app/89_cli.ipynb #00a92efa
 def diagnosis_text(sections): "A diagnosis as indented lines"; return '\n'.join(
     f'{title}\n' + '\n'.join(f'  {k:<16} {v}' for k, v in entries.items()) for title, entries in sections.items())
 
-# %% ../../nbs/8_app/89_cli.ipynb #ccad1b4d
+# %% ../../nbs/8_app/89_cli.ipynb #28e070ca
+def network_state(
+    record,         # Network out of the registry
+):
+    "'as recorded', or the first thing in which the network that is built differs from its record"
+    import torch
+
+    from i2i_mamba_nb.measure.complexity import cost, parameters
+    try:
+        for config, count in record.n_parameters:
+            with torch.device('meta'): n = parameters(record.build(**config))
+            if n != count: return f'{n:,} parameters with {config}, recorded {count:,}'
+        for config, size, count in record.multiply_adds:
+            n = cost(record, config, size).multiply_adds
+            if n != count: return f'{n:,} multiply-adds with {config}, recorded {count:,}'
+    except (ValueError, TypeError, RuntimeError, AttributeError) as e: return f'cannot be built: {e}'.splitlines()[0]
+    return 'as recorded' if record.n_parameters and record.multiply_adds else 'nothing recorded'
+
+# %% ../../nbs/8_app/89_cli.ipynb #32aedb25
+def packaged_weights():
+    "dict network -> names of the runs that come with the package"
+    from i2i_mamba_nb.engine.predict import load_run, packaged_runs
+    found = {}
+    for name in packaged_runs(): found.setdefault(load_run(name).config.network, []).append(name)
+    return found
+
+# %% ../../nbs/8_app/89_cli.ipynb #a67827c8
+def model_lines(
+    records,        # dict name -> Network
+    weights=None,   # dict network -> names of packaged weights
+):
+    "One line per network: name, kind, parameters, multiply-adds and the size they are for, state, packaged weights, paper"
+    from i2i_mamba_nb.measure.complexity import cost
+    for name, record in records.items():
+        state, size = network_state(record), '?'
+        if state == 'as recorded':
+            c = cost(record)
+            size = f'{c.parameters:>12,} {c.multiply_adds/1e9:8.2f} GMAC {c.size[0]:>4} x {c.size[1]}'
+        state += ''.join(f', weights {w}' for w in (weights or {}).get(name, ()))
+        yield f'{name:<20} {record.kind:<13} {size:>37}  {state}; {record.paper}'
+
+# %% ../../nbs/8_app/89_cli.ipynb #30ec50ec
+def say_models():
+    "Echo every network's line; returns whether all are as recorded"
+    from i2i_mamba_nb.core import networks
+    good = True
+    for line in model_lines(networks(), packaged_weights()):
+        typer.echo(line)
+        good &= ' as recorded' in line
+    return good
+
+# %% ../../nbs/8_app/89_cli.ipynb #d1adaae3
 @app.command()
-def doctor():
+def doctor(
+    models: bool = typer.Option(False, '--models', help='List every network with its parameters and whether it is what its record says.'),
+):
     """Say what works on this machine.
 
     And why the rest does not.
 
     \b
-    Example:
+    Examples:
       i2i-mamba doctor > doctor.txt       to paste into an issue
+      i2i-mamba doctor --models           every network: parameters, multiply-adds, state
     """
+    if models:
+        if say_models(): return
+        typer.echo('a network is not what its record says, see above', err=True)
+        raise typer.Exit(2)
     found = diagnosis()
     typer.echo(diagnosis_text(found))
     if found['data']['template'].startswith('missing') or not any(v == 'available' for v in found['scan backends'].values()):
         typer.echo('something that is needed is missing, see above', err=True)
         raise typer.Exit(2)
 
-# %% ../../nbs/8_app/89_cli.ipynb #ffb6bba3
+# %% ../../nbs/8_app/89_cli.ipynb #c130c2c3
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help='Folder for everything; the cohort in it is used again.')] = Path('out'),
@@ -691,11 +759,8 @@ def demo(
     """
     from i2i_mamba_nb.app.demo import demo as run_demo
     from i2i_mamba_nb.app.demo import next_steps
-    try: page = run_demo(out, seconds=seconds, seed=seed, preset=preset, echo=typer.echo)
-    except KeyboardInterrupt as e:
-        typer.echo(f'i2i-mamba: {e or "stopped"}', err=True)
-        raise typer.Exit(130) from None
+    with stoppable('stopped'): page = run_demo(out, seconds=seconds, seed=seed, preset=preset, echo=typer.echo)
     typer.echo(next_steps(page))
 
-# %% ../../nbs/8_app/89_cli.ipynb #577568c8
+# %% ../../nbs/8_app/89_cli.ipynb #d24903df
 if __name__ == '__main__' and globals().get('__package__') == 'i2i_mamba_nb.app': sys.exit(main())

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LABELS', 'PAIR', 'RESERVED', 'Subject', 'Cohort', 'require', 'split_patients', 'natural_key', 'is_dicom',
-           'hash_path', 'file_hashes', 'content_hash', 'check_leakage', 'split_hash', 'write_manifest', 'read_manifest']
+           'hash_path', 'file_hashes', 'content_hash', 'is_blank', 'check_leakage', 'split_hash', 'write_manifest',
+           'read_manifest']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #c6c60486
 import csv
@@ -179,18 +180,30 @@ def content_hash(
     digest.update(np.ascontiguousarray(data.T+np.float32(0)))
     return digest.hexdigest()
 
-# %% ../../nbs/2_data/22_cohort.ipynb #38976e14
+# %% ../../nbs/2_data/22_cohort.ipynb #56861e36
+def is_blank(
+    path,               # any volume
+):
+    "Whether all voxels are equal, so that it shows nobody; False for what cannot be read"
+    try: data = read_volume(path).data
+    except I2IError: return False
+    return bool(data.min() == data.max())
+
+# %% ../../nbs/2_data/22_cohort.ipynb #886b541c
 def _content_leak(cohort, hashes):
-    "CohortError where files of equal hash are in two splits"
-    seen = {}
+    "CohortError where files of equal hash that are not blank are in two splits"
+    seen, blank = {}, {}
     for s in cohort.subjects:
         for path in (p for m, p in s.paths.items() if m in cohort.modalities):
-            other, before = seen.setdefault(hashes[_key(path, cohort.root)], (s, path))
-            if other.split != s.split: raise CohortError(f'{before} ({other.patient}, {other.split})',
+            digest = hashes[_key(path, cohort.root)]
+            other, before = seen.setdefault(digest, (s, path))
+            if other.split == s.split or blank.get(digest): continue
+            blank[digest] = is_blank(path)
+            if not blank[digest]: raise CohortError(f'{before} ({other.patient}, {other.split})',
                 given=f'the same content as {path} ({s.patient}, {s.split})', expected='files that differ between splits',
                 hint='They are one patient: give both the same split, or drop one.')
 
-# %% ../../nbs/2_data/22_cohort.ipynb #9b6652c4
+# %% ../../nbs/2_data/22_cohort.ipynb #8f254b77
 def check_leakage(
     cohort,             # a Cohort
     *,
@@ -205,7 +218,7 @@ def check_leakage(
         _content_leak(cohort, {_key(p, cohort.root): content_hash(p) for p in paths})
     return replace(cohort, info=info)
 
-# %% ../../nbs/2_data/22_cohort.ipynb #75c56e37
+# %% ../../nbs/2_data/22_cohort.ipynb #c7fa5a09
 def split_hash(
     cohort,             # a Cohort
 ):
@@ -213,7 +226,7 @@ def split_hash(
     rows = sorted({(s.patient, s.split) for s in cohort.subjects})
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
-# %% ../../nbs/2_data/22_cohort.ipynb #e3c2442f
+# %% ../../nbs/2_data/22_cohort.ipynb #407c42f6
 def _sidecar(cohort, folder):
     "What the JSON file beside a manifest in `folder` holds"
     info = {k: v for k, v in cohort.info.items() if k not in ('intensity', 'modalities', 'sha256')}
@@ -221,7 +234,7 @@ def _sidecar(cohort, folder):
     hashes = dict(sorted((_key(cohort.root/k, folder), v) for k, v in cohort.info['sha256'].items()))
     return {**info, **({'intensity': maps} if maps else {}), 'modalities': list(cohort.modalities), 'sha256': hashes}
 
-# %% ../../nbs/2_data/22_cohort.ipynb #7b96bd11
+# %% ../../nbs/2_data/22_cohort.ipynb #db1fc995
 def write_manifest(
     path,               # manifest.csv; a JSON file of the same name is written beside it
     cohort,             # a Cohort whose files exist
@@ -241,7 +254,7 @@ def write_manifest(
     write_json(path.with_suffix('.json'), _sidecar(cohort, path.parent))
     return write_text(path, text.getvalue())
 
-# %% ../../nbs/2_data/22_cohort.ipynb #a89dc7e3
+# %% ../../nbs/2_data/22_cohort.ipynb #7f0f02c4
 def _rows(path):
     "(header, rows as dicts) of a manifest; CohortError where it is no table with the columns patient and split"
     hint = 'A manifest is a CSV file with the columns patient, split and one per modality; `i2i-mamba prepare` writes one.'
@@ -256,7 +269,7 @@ def _rows(path):
             raise CohortError(f'row {number} of {path}', given=f'{len(r)} cells', expected=len(head), hint='Mend the row.')
     return head, [dict(zip(head, (c.strip() for c in r), strict=True)) for r in rows[1:]]
 
-# %% ../../nbs/2_data/22_cohort.ipynb #0040f05e
+# %% ../../nbs/2_data/22_cohort.ipynb #f62f4a5b
 def _info(path):
     "The sidecar's object; CohortError where it is none of ours"
     info = read_json(path)
@@ -281,7 +294,7 @@ def _subject(path, row, columns):
             hint='Mend the path (relative to the manifest), or empty the cell.')
     return Subject(row['patient'], row['split'], paths, row.get('session', ''), notes=row.get('notes', ''))
 
-# %% ../../nbs/2_data/22_cohort.ipynb #e6c342c2
+# %% ../../nbs/2_data/22_cohort.ipynb #54f092cb
 def _with_intensity(path, subject, info):
     "The subject with the intensity maps that the sidecar holds for it; CohortError where they are none"
     maps = info.get('intensity', {}).get(subject.key)
@@ -292,7 +305,7 @@ def _with_intensity(path, subject, info):
         raise CohortError(f'intensity of {subject.key} in {path}', given=f'{type(e).__name__} ({e})',
             expected='maps as prepare writes them', hint='Prepare the cohort again, or remove "intensity" from the file.') from e
 
-# %% ../../nbs/2_data/22_cohort.ipynb #88e9d84b
+# %% ../../nbs/2_data/22_cohort.ipynb #df12a122
 def read_manifest(
     path,               # a CSV file; its JSON sidecar is read where there is one
 ):

@@ -2,34 +2,35 @@
 
 # %% auto #0
 __all__ = ['REGISTER', 'BRAIN', 'REFERENCES', 'STEPS', 'VERSION', 'LIBRARIES', 'VOLUMES', 'FACTS', 'SHIFT', 'OWN', 'BASE',
-           'PER_VOXEL', 'HEAD', 'Steps', 'read_steps', 'content_key', 'Made', 'recall', 'Part', 'Job', 'home_of',
-           'align', 'choose_reference', 'needs_work', 'Geometry', 'into_frame', 'out_of_frame', 'best_slices',
-           'frame_of', 'prepare_subject', 'worker_count', 'one_thread', 'run_jobs', 'Prepared', 'prepare_cohort',
-           'look_at_subject', 'look_at_cohort']
+           'PER_VOXEL', 'HEAD', 'PART', 'Steps', 'read_steps', 'content_key', 'Made', 'recall', 'Part', 'Job',
+           'home_of', 'align', 'choose_reference', 'needs_work', 'Geometry', 'into_frame', 'out_of_frame',
+           'onto_original', 'best_slices', 'frame_of', 'prepare_subject', 'worker_count', 'one_thread', 'run_jobs',
+           'Prepared', 'prepare_cohort', 'look_at_subject', 'look_at_cohort']
 
-# %% ../../nbs/2_data/23_prepare.ipynb #868df12c
+# %% ../../nbs/2_data/23_prepare.ipynb #fe86bcab
 import contextlib
 import csv
 import hashlib
 import json
 import os
 import re
+import signal
 import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from i2i_mamba_nb.core import (CohortError, ConfigError, DiskError, I2IError, ShapeError, check_choice, from_dict, read_json, sha256,
+from i2i_mamba_nb.core import (CohortError, ConfigError, I2IError, ShapeError, _disk_error, check_choice, from_dict, read_json, sha256,
     write_json)
 from .archives import _grid_dict, mark
-from .cohort import Cohort, Subject, _key, check_leakage
+from .cohort import Cohort, Subject, _key, check_leakage, is_blank
 from .register import Registration, brain_mask, n4, register, resample, tissue_classes
 from .volume import (Volume, VolumeError, crop, from_canonical, read_grid, read_volume, same_grid,
     to_canonical, uncrop, write_volume)
@@ -353,7 +354,30 @@ def out_of_frame(
     if geometry.parent: return out_of_frame(full, geometry.parent, fill=fill, like=like)
     return Volume(from_canonical(full, ornt), np.array(geometry.affine, float), getattr(like, 'header', None))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #a2d46c32
+# %% ../../nbs/2_data/23_prepare.ipynb #43215b10
+def _inverse(matrix):
+    "Inverse of a registration's 4x4 matrix; ConfigError where it has none"
+    matrix = np.asarray(matrix, float)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9: raise ConfigError('matrix',
+        given=matrix.tolist(), expected='an invertible 4x4 matrix', hint='Take it from "registration" in the JSON beside the manifest.')
+    return np.linalg.inv(matrix)
+
+# %% ../../nbs/2_data/23_prepare.ipynb #bdaf074f
+def onto_original(
+    array,              # (x, y, z) array of the frame's size, canonical axes
+    geometry,           # Geometry, or what JSON made of it
+    original,           # Volume or Grid of the modality's own file
+    matrix=None,        # 4x4 of its registration, from the manifest's JSON; None where it was placed by its header
+    *,
+    order='linear',     # 'nearest' for labels
+    fill=0.,            # value outside the frame; -1024 for CT
+):
+    "Volume on the grid of a modality's own file, frame and registration undone. Raises ShapeError, ConfigError"
+    placed = out_of_frame(array, geometry, fill=fill, like=original)
+    if matrix is None and same_grid(placed, original): return placed
+    return resample(placed, original, None if matrix is None else _inverse(matrix), order=order, fill=fill)
+
+# %% ../../nbs/2_data/23_prepare.ipynb #e20f6eca
 def best_slices(
     mask,               # (x, y, z) bool
     n,                  # how many neighbouring slices
@@ -364,7 +388,7 @@ def best_slices(
     total = np.concatenate([[0], np.cumsum(area)])
     return int(np.argmax(total[n:]-total[:-n]))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #02e05965
+# %% ../../nbs/2_data/23_prepare.ipynb #9c8b731f
 def frame_of(
     mask,               # (x, y, z) bool: the head, canonical orientation
     steps,              # Steps
@@ -378,16 +402,16 @@ def frame_of(
         start[axis] = int(inside[0]+inside[-1]+1-size[axis])//2
     return tuple(start), tuple(int(s) for s in size)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5bbe4ac4
+# %% ../../nbs/2_data/23_prepare.ipynb #ad46608f
 SHIFT = .75                 # voxels: a larger one between modalities, after all steps, is reported
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7bcc0561
+# %% ../../nbs/2_data/23_prepare.ipynb #30470e1d
 def _shift(fixed, moving):
     "Shift in voxels (x, y, z) as JSON can hold it; empty where an image is too flat or too thin to tell"
     found = shift_between(fixed.data, moving.data)
     return [round(float(s), 3)+0. for s in found] if np.isfinite(found).all() else []
 
-# %% ../../nbs/2_data/23_prepare.ipynb #c0a75da5
+# %% ../../nbs/2_data/23_prepare.ipynb #bf2987c5
 def _shifts(job, parts, did):
     "modality -> shift against the reference, as an independent look at the result"
     fixed = parts[job.reference]
@@ -397,7 +421,7 @@ def _shifts(job, parts, did):
         return made.value
     return {m: measure(m) for m in _images(job) if m != job.reference and not job.unpaired}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #6faee175
+# %% ../../nbs/2_data/23_prepare.ipynb #fcda19b3
 def _notes(job, fits, shifts, cut):
     "What somebody must know about a prepared subject, as sentences"
     for m, f in fits.items():
@@ -407,7 +431,7 @@ def _notes(job, fits, shifts, cut):
         if max(map(abs, s), default=0) >= SHIFT: yield f'{m}: lies {tuple(s)} voxels{far} off {job.reference}'
     if cut > .001: yield f'the frame cuts off {100*cut:.1f} % of the head in its slices'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #fcdf1246
+# %% ../../nbs/2_data/23_prepare.ipynb #c5b619a0
 def _framed(job, parts):
     "(name -> Volume in the frame, Geometry, share of the head in these slices that is cut off)"
     reference = parts[job.reference].volume
@@ -419,17 +443,17 @@ def _framed(job, parts):
     fill = {n: -1024. if _is_ct(n) else 0. for n in parts}
     return {n: into_frame(p.volume, geometry, fill=fill[n]) for n, p in parts.items()}, geometry, float(1-inside/shown)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #77e6ce9c
+# %% ../../nbs/2_data/23_prepare.ipynb #a9d81c74
 OWN = re.compile(r'\w+: (lies \(|registration refused|placed by its header)|the frame cuts off')
 
 def _noted(before, new):
     "Notes of a manifest with new sentences; what an earlier look or preparation said is dropped"
     return '; '.join([*(n for n in before.split('; ') if n and not OWN.match(n)), *new])
 
-# %% ../../nbs/2_data/23_prepare.ipynb #fcc8abaf
+# %% ../../nbs/2_data/23_prepare.ipynb #f49174d3
 def _stem(name): return re.sub(r'[^\w.+-]+', '_', name).strip('._') or 'subject'
 
-# %% ../../nbs/2_data/23_prepare.ipynb #a510747f
+# %% ../../nbs/2_data/23_prepare.ipynb #39c57668
 def _pictures(job, stem, parts, aligned, fits):
     "modality -> path of a checkerboard before and after its registration"
     from i2i_mamba_nb.data.register import show_registration
@@ -439,7 +463,7 @@ def _pictures(job, stem, parts, aligned, fits):
         _save(show_registration(fixed, resample(parts[m].volume, fixed), aligned[m].volume), job.out/drawn[m])
     return drawn
 
-# %% ../../nbs/2_data/23_prepare.ipynb #eff464d0
+# %% ../../nbs/2_data/23_prepare.ipynb #669decbd
 def _save(fig, path):
     "A figure as PNG, the same bytes for the same figure"
     import matplotlib.pyplot as plt
@@ -447,7 +471,7 @@ def _save(fig, path):
     fig.savefig(path, dpi=70, metadata={'Software': None})
     plt.close(fig)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #f4d35e17
+# %% ../../nbs/2_data/23_prepare.ipynb #f5322a3f
 def _write(job, stem, volumes):
     "name -> dict(path below the folder, sha256) of the written volumes"
     files = {}
@@ -457,7 +481,7 @@ def _write(job, stem, volumes):
         files[n] = dict(path=path.relative_to(job.out).as_posix(), sha256=sha256(path))
     return files
 
-# %% ../../nbs/2_data/23_prepare.ipynb #aa8bc2b0
+# %% ../../nbs/2_data/23_prepare.ipynb #3134a795
 def _make(job, stem, did):
     "All steps of one subject; returns its record"
     parts = _sources(job)
@@ -476,13 +500,13 @@ def _make(job, stem, did):
         registration={m: dict(matrix=None if f.matrix is None else f.matrix.tolist(), before=f.before, after=f.after, refused=f.refused)
             for m, f in fits.items()}, notes=notes)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9052dbe3
+# %% ../../nbs/2_data/23_prepare.ipynb #86a81366
 def _content(job, parts):
     "modality -> hash of an image's voxels in canonical orientation: one scan is found in two formats"
     bytes_of = lambda v: repr(v.shape).encode()+np.ascontiguousarray(v.data.T+np.float32(0)).tobytes()
     return {m: hashlib.sha256(bytes_of(parts[m].volume)).hexdigest() for m in _images(job)}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b6d51f78
+# %% ../../nbs/2_data/23_prepare.ipynb #423492ce
 def _finished(job, path, key):
     "The record of an earlier run with the same key whose files are all there, byte for byte; None otherwise"
     if not path.exists(): return None
@@ -492,7 +516,7 @@ def _finished(job, path, key):
         if found['key'] == key and whole and all((job.out/p).exists() for p in found['pictures'].values()): return found
     return None
 
-# %% ../../nbs/2_data/23_prepare.ipynb #913c92cd
+# %% ../../nbs/2_data/23_prepare.ipynb #fb92b9bb
 def _kind(job, name):
     "Kind of intensity map of a modality"
     return job.steps.intensity.get(name) or ('hounsfield' if _is_ct(name) else job.steps.intensity.get('*', 'window'))
@@ -509,7 +533,7 @@ def _intensity(job, name, file, did):
     did += ['intensity']*made.fresh
     return made.value
 
-# %% ../../nbs/2_data/23_prepare.ipynb #1afed314
+# %% ../../nbs/2_data/23_prepare.ipynb #2ac17b46
 def prepare_subject(
     job,                # Job
 ):
@@ -531,10 +555,10 @@ def prepare_subject(
     found = {n: _intensity(job, n, f, did) for n, f in record['files'].items() if n in job.modalities}
     return dict(record, intensity=found), did
 
-# %% ../../nbs/2_data/23_prepare.ipynb #de3c0051
+# %% ../../nbs/2_data/23_prepare.ipynb #2b96bdf2
 BASE, PER_VOXEL = 6*10**8, 120      # bytes: libraries of a process, and its volumes per voxel of the largest file
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0666e48d
+# %% ../../nbs/2_data/23_prepare.ipynb #00299543
 def worker_count(
     largest,            # voxels of the largest file
     wanted=None,        # processes asked for; as many as cores by default
@@ -547,17 +571,18 @@ def worker_count(
     room = int(.7*psutil.virtual_memory().available/(BASE+PER_VOXEL*largest))
     return max(1, min(wanted or cores, room))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #d7cf05ac
+# %% ../../nbs/2_data/23_prepare.ipynb #172a33d5
 def _stay_with(parent):
-    "In a worker: one thread for every library, and an end when the main process is gone"
+    "In a worker: one thread for every library, and an end at Ctrl-C or when the main process is gone"
     import torch
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     def watch():
         while os.getppid() == parent: time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/2_data/23_prepare.ipynb #ca62d19b
+# %% ../../nbs/2_data/23_prepare.ipynb #08391d96
 @contextlib.contextmanager
 def one_thread():
     "Every library on one thread: sums in one order, so the same bytes on any machine, and no core that two processes fight for"
@@ -569,7 +594,7 @@ def one_thread():
         with threadpool_limits(1): yield
     finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #5461011e
+# %% ../../nbs/2_data/23_prepare.ipynb #a4d0f612
 def _attempt(function, job):
     "dict(result) or dict(error, trace) of one job, and its seconds"
     start = time.perf_counter()
@@ -579,13 +604,17 @@ def _attempt(function, job):
     except Exception as e: done = dict(error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
     return dict(done, seconds=time.perf_counter()-start)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #8de878ef
+# %% ../../nbs/2_data/23_prepare.ipynb #9c994133
 def _pooled(function, jobs, numbers, workers):
     "Yield (number, what it returned) of jobs in processes of their own; those that were unfinished when one died come as None"
+    others = active_children()
     with ProcessPoolExecutor(workers, get_context('spawn'), _stay_with, (os.getpid(),)) as pool:
-        waiting = {pool.submit(_attempt, function, jobs[k]): k for k in numbers}
         try:
+            waiting = {pool.submit(_attempt, function, jobs[k]): k for k in numbers}
             for f in as_completed(waiting): yield waiting[f], None if isinstance(f.exception(), BrokenProcessPool) else f.result()
+        except (KeyboardInterrupt, GeneratorExit):      # nobody waits for the rest
+            for p in set(active_children())-set(others): p.terminate()
+            raise
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
 def run_jobs(
@@ -604,7 +633,7 @@ def run_jobs(
     died = dict(error='its process ended before the work did: perhaps it ran out of memory', trace='', seconds=0.)
     for k in sorted(left): yield from ((k, ended or died) for _, ended in _pooled(function, jobs, [k], 1))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #89d2887e
+# %% ../../nbs/2_data/23_prepare.ipynb #6b0aa1a0
 class Prepared(NamedTuple):
     "What came out"
     cohort: Cohort      # of those that succeeded, with geometry, intensities and notes
@@ -613,16 +642,16 @@ class Prepared(NamedTuple):
 
 HEAD = ('time', 'subject', 'status', 'seconds', 'computed', 'notes')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #317dd862
+# %% ../../nbs/2_data/23_prepare.ipynb #2e9d1e03
 def _log(path, row):
     "One more line in the log; its head where it is new. Raises DiskError"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a', encoding='utf-8', newline='') as f:
             csv.writer(f, lineterminator='\n').writerows([HEAD]*(f.tell() == 0)+[row])
-    except OSError as e:
-        raise DiskError(f'log {path}', given=e.strerror, expected='a writable file', hint='Choose another folder.') from e
+    except OSError as e: raise _disk_error(path, e) from e
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9d654258
+# %% ../../nbs/2_data/23_prepare.ipynb #edeabba1
 def _now(): return time.strftime('%Y-%m-%d %H:%M:%S')
 
 def _line(job, ended):
@@ -634,7 +663,11 @@ def _line(job, ended):
     notes = f'{notes} {ended.get("trace", "")}'.strip()
     return _now(), job.name, status, f'{ended["seconds"]:.1f}', counts, notes
 
-# %% ../../nbs/2_data/23_prepare.ipynb #83eef843
+def _log_earlier(path, cohort):
+    "Lines for those that failed when the cohort was made"
+    for name, why in cohort.info.get('failed', {}).items(): _log(path, (_now(), name, 'failed', '0.0', 'nothing', why))
+
+# %% ../../nbs/2_data/23_prepare.ipynb #1f7559b0
 def _scaled(records, trained):
     "Every record's intensities as dicts; mean_max gets the largest ratio among training subjects, as SynDiff does"
     scale = {}
@@ -645,18 +678,29 @@ def _scaled(records, trained):
         return dict(out, high=i['high']/i['ratio']*scale.get(m, i['ratio'])) if i['kind'] == 'mean_max' else out
     return {n: {m: final(m, i) for m, i in r['intensity'].items()} for n, r in records.items()}
 
-# %% ../../nbs/2_data/23_prepare.ipynb #7b37a737
+# %% ../../nbs/2_data/23_prepare.ipynb #97fe48ee
+def _movements(before, now):
+    "modality -> registration of one subject, with the matrix of an earlier preparation put behind that of this one"
+    def both(m):
+        first, second = (r.get(m, {}).get('matrix') for r in (before, now))
+        matrix = second if first is None else first if second is None else (np.array(first)@np.array(second)).tolist()
+        return dict(now.get(m) or before[m], matrix=matrix)
+    return {m: both(m) for m in [*before, *(m for m in now if m not in before)]}
+
+# %% ../../nbs/2_data/23_prepare.ipynb #d5c27db6
 def _described(cohort, job, records, failures):
     "The info of the prepared cohort, ready for JSON"
     again = ('sha256', 'grids', 'mismatched', 'unmatched', 'failed', 'intensity', 'modalities')
     kept = {k: v for k, v in cohort.info.items() if k not in again}
     pick = lambda key: {n: r[key] for n, r in records.items() if r[key]}
+    earlier = cohort.info.get('registration', {})
+    moved = {n: _movements(earlier.get(n, {}), r['registration']) for n, r in records.items()}
     return dict(kept, preparation=dict(steps=asdict(job.steps), reference=job.reference, version=VERSION), geometry=pick('geometry'),
-        registration=pick('registration'), shifts=pick('shifts'), pictures=pick('pictures'),
+        registration={n: m for n, m in moved.items() if m}, shifts=pick('shifts'), pictures=pick('pictures'),
         failed={**cohort.info.get('failed', {}), **failures},
         grids=pick('grid'))
 
-# %% ../../nbs/2_data/23_prepare.ipynb #4dddfe42
+# %% ../../nbs/2_data/23_prepare.ipynb #cdd02152
 def _assembled(cohort, jobs, records, failures, out):
     "The Cohort of what was written"
     trained = [j.name for j in jobs if j.subject.split == 'train' and j.name in records]
@@ -670,7 +714,7 @@ def _assembled(cohort, jobs, records, failures, out):
     info = dict(_described(cohort, jobs[0], records, failures), sha256=hashes)
     return Cohort(subjects, tuple(m for m in cohort.modalities if any(m in s.paths for s in subjects)), out, info)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #999bdf16
+# %% ../../nbs/2_data/23_prepare.ipynb #5ace6f8f
 def _largest(cohort):
     "Voxels of the largest file that can be read"
     sizes = [1]
@@ -678,7 +722,7 @@ def _largest(cohort):
         with contextlib.suppress(VolumeError): sizes.append(int(np.prod(read_grid(p).shape)))
     return max(sizes)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #9018bc45
+# %% ../../nbs/2_data/23_prepare.ipynb #cc47991f
 def _jobs(cohort, steps, out, reference):
     "One Job per subject, files hashed anew and checked for leakage; CohortError where two would share a place"
     fresh = check_leakage(replace(cohort, info={k: v for k, v in cohort.info.items() if k != 'sha256'}))
@@ -690,7 +734,7 @@ def _jobs(cohort, steps, out, reference):
     for j in jobs: _check_apart(f'files of {j.name}', j.subject.paths)
     return jobs
 
-# %% ../../nbs/2_data/23_prepare.ipynb #afd00b78
+# %% ../../nbs/2_data/23_prepare.ipynb #92157d60
 def _check_apart(what, names):
     "CohortError where two names would become one path"
     taken = {}
@@ -699,17 +743,29 @@ def _check_apart(what, names):
             expected='names that differ in letters or digits', hint='Rename one.')
         taken[_stem(n).lower()] = n
 
-# %% ../../nbs/2_data/23_prepare.ipynb #dfa8aa63
+# %% ../../nbs/2_data/23_prepare.ipynb #8ac94b81
 def _same_content(jobs, found):
     "CohortError where one image, in whatever format, belongs to patients of two splits"
     seen = {}
     for j in (j for j in jobs if j.name in found):
         for m, digest in found[j.name]['content'].items():
             other = seen.setdefault(digest, j)
-            if other.subject.split != j.subject.split: raise CohortError(f'{m} of {j.name} ({j.subject.split})', given=f'the voxels of '
-                f'{other.name} ({other.subject.split})', expected='patients who are in one split only', hint='They are one person.')
+            if other.subject.split == j.subject.split or is_blank(j.subject.paths[m]): continue
+            raise CohortError(f'{m} of {j.name} ({j.subject.split})', given=f'the voxels of {other.name} ({other.subject.split})',
+                expected='patients who are in one split only', hint='They are one person.')
 
-# %% ../../nbs/2_data/23_prepare.ipynb #22a9265d
+# %% ../../nbs/2_data/23_prepare.ipynb #4983dafa
+PART = re.compile(r'\.part-(\d{1,9})-.')
+
+def _sweep(out):
+    "Remove what processes that no longer run left half written in a folder of prepared volumes"
+    import psutil
+    below = (p for n in ('cache', 'volumes', 'records', 'pictures') for p in (out/n).rglob('.part-*'))
+    for path in [*out.glob('.part-*'), *below]:
+        if (number := PART.match(path.name)) and not psutil.pid_exists(int(number[1])):
+            with contextlib.suppress(OSError): path.unlink()
+
+# %% ../../nbs/2_data/23_prepare.ipynb #d3a9c377
 def prepare_cohort(
     cohort,             # a Cohort
     out,                # folder for volumes, cache, log and pictures
@@ -721,8 +777,7 @@ def prepare_cohort(
     "Every subject through the steps, in parallel; what is done is not done again. Raises CohortError, ConfigError, DiskError"
     out = Path(out)
     jobs = _jobs(cohort, steps, out, choose_reference(cohort, steps))
-    mark(out)
-    for name, why in cohort.info.get('failed', {}).items(): _log(out/'log.csv', (_now(), name, 'failed', '0.0', 'nothing', why))
+    mark(out), _sweep(out), _log_earlier(out/'log.csv', cohort)
     records, failures, count = {}, {}, 0
     for k, ended in run_jobs(prepare_subject, jobs, worker_count(_largest(cohort), workers)):
         line, count = _line(jobs[k], ended), count+1
@@ -736,7 +791,7 @@ def prepare_cohort(
     _same_content(jobs, in_order)
     return Prepared(_assembled(cohort, jobs, in_order, dict(sorted(failures.items())), out), failures, in_order)
 
-# %% ../../nbs/2_data/23_prepare.ipynb #b8d29f91
+# %% ../../nbs/2_data/23_prepare.ipynb #d3a8fbda
 def look_at_subject(
     job,                # Job; nothing is written
 ):
@@ -750,21 +805,24 @@ def look_at_subject(
     maps = {m: _fitted(parts[m].volume.data, _kind(job, m)) for m in _images(job)}
     return dict(shifts=measured, notes=list(_notes(job, {}, measured, 0)), intensity=maps, content=_content(job, parts)), []
 
-# %% ../../nbs/2_data/23_prepare.ipynb #0410e8cb
+# %% ../../nbs/2_data/23_prepare.ipynb #34451f3b
 def look_at_cohort(
     cohort,             # a Cohort
     steps=STEPS['grid'],    # Steps, of which `intensity` counts
     *,
     workers=None,       # processes
     progress=None,      # see prepare_cohort
+    log=None,           # path of a log that gets a line per subject
 ):
-    "(cohort with shifts, notes and intensities, dict subject -> why it is left out): no voxel is changed. Raises CohortError, ConfigError"
+    "(cohort with shifts, notes, intensities; dict subject -> why left out): no voxel changes. Raises CohortError, ConfigError, DiskError"
     for m in steps.intensity: check_choice('modality in the steps', m, ['*', *cohort.modalities])
     jobs = _jobs(cohort, steps, Path(), next((m for m in REFERENCES if m in cohort.modalities), ''))
+    if log: _log_earlier(Path(log), cohort)
     ended = {}
     for k, e in run_jobs(look_at_subject, jobs, worker_count(_largest(cohort), workers)):
-        ended[k] = e
-        if progress: progress(len(ended), len(jobs), _line(jobs[k], e))
+        ended[k], line = e, _line(jobs[k], e)
+        if log: _log(Path(log), line)
+        if progress: progress(len(ended), len(jobs), line)
     failures = {jobs[k].name: e['error'] for k, e in sorted(ended.items()) if 'error' in e}
     found = {jobs[k].name: e['result'][0] for k, e in sorted(ended.items()) if 'result' in e}
     if not found: raise CohortError('subjects', given=f'{len(failures)} failed, {next(iter(failures.values()), "")}',
@@ -772,7 +830,7 @@ def look_at_cohort(
     _same_content(jobs, found)
     return _looked(cohort, jobs, found, failures), failures
 
-# %% ../../nbs/2_data/23_prepare.ipynb #19ab659d
+# %% ../../nbs/2_data/23_prepare.ipynb #48733b7f
 def _looked(cohort, jobs, found, failures):
     "The cohort of those that could be read, with what was found out about them"
     maps = _scaled(found, [j.name for j in jobs if j.subject.split == 'train' and j.name in found])
