@@ -54,6 +54,19 @@ def test_matrix(name, spec):
     assert (x.grad.abs().amax((0, 2, 3)) > 0).all(), 'a channel that nobody reads'
     with torch.no_grad(): assert torch.equal(net.eval()(x, t, z), net(x, t, z))
 
+HARD = ['paired, 3 sources', 'cycle-denoise with time', 'adversarial diffusion, 2 sources', 'latent diffusion with variance']
+SWITCHES = [pytest.param(n, s, id=f'{n}-{k}') for n in GENERATORS for k, s in network(n).ablations.items()]
+
+@pytest.mark.parametrize('name, switch', SWITCHES)
+def test_every_ablation_fits_too_or_is_refused_when_built(name, switch):
+    for spec in HARD:
+        try: net = small(name, SPECS[spec], **switch)
+        except ConfigError as e:
+            assert 'Leave conditioning to the record' in str(e) and switch['conditioning'] == 'cross'
+            continue
+        x, t, z = given(net, b=1, wider=0)
+        with torch.no_grad(): assert net(x, t, z).shape == (1, SPECS[spec].targets, *x.shape[2:])
+
 @pytest.mark.parametrize('name', GENERATORS)
 def test_time_reaches_every_generator(name):
     net = stir(small(name, SPECS['adversarial diffusion, 2 sources'])).eval()
@@ -136,6 +149,11 @@ def test_noise_is_a_source_for_a_network_that_knows_none():
     x, t, _ = given(net)
     inner = net.images(x, t)
     assert inner.shape[1] == 4 and torch.equal(inner[:, [0, 1, 3]], x) and torch.equal(inner[:, 2:3], time_map(t, 4, x))
+
+def test_lacking_channels_come_last_where_noise_is_a_source():
+    net = small('unet', Spec(sources=1, noise=1, targets=1), n_sources=4)
+    x, _, _ = given(net)
+    assert torch.equal(net.images(x)[:, :2], x) and not net.images(x)[:, 2:].any() and net.images(x).shape[1] == 4
 
 @pytest.mark.parametrize('targets', [1, 2, 3])
 def test_the_last_images_come_back(targets):

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
-from i2i_mamba_nb.blocks.conv import activation_checkpointing, brain_slice, multiply_adds
+from i2i_mamba_nb.blocks.conv import activation_checkpointing, brain_slice
 from i2i_mamba_nb.core import ConfigError, ShapeError, network, torch_rng
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.measure.metrics import psnr, ssim
 from i2i_mamba_nb.models.autoencoder import (
     Autoencoder,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from i2i_mamba_nb.blocks import conditioning as cond
-from i2i_mamba_nb.blocks.conv import multiply_adds
 from i2i_mamba_nb.blocks.wavelet import CooperativeFilter
 from i2i_mamba_nb.core import ConfigError, Inputs, ShapeError, Spec, network
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.models import cola_diff as cola
 from i2i_mamba_nb.models.cola_diff import CoLaDiff
 

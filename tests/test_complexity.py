@@ -1,5 +1,6 @@
 "measure.complexity: blocks of each network counted by hand, one count on every device and backend, bytes kept, records, discriminators"
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,8 @@ from i2i_mamba_nb.blocks.multiscale import MFEB
 from i2i_mamba_nb.core import ConfigError, Inputs, Network, network, networks
 from i2i_mamba_nb.measure import complexity
 from i2i_mamba_nb.measure.complexity import (
-    activation_bytes, cost, cost_table, costs, formulas, multiply_adds, multiply_adds_of_parts, parameters, scan_flops, seconds
+    activation_bytes, cost, cost_table, costs, formulas, multiply_adds, multiply_adds_of_parts, parameters, scan_flops, seconds,
+    seconds_of
 )
 from i2i_mamba_nb.models.autoencoder import LatentBlock
 from i2i_mamba_nb.models.baselines import DoubleConv
@@ -155,6 +157,9 @@ def test_one_table_for_all(everything):
     assert {n for n, c in everything.items() if c.kind == 'discriminator'} == set(networks('discriminator')) < set(everything)
     table = cost_table(everything)
     assert list(table.index) == list(everything) and table.loc['cravim', 'parameters'] == '11,765,711'
+    assert set(table['forward, s']) == {'not measured'}
+    assert cost_table(everything, dict(cravim=1.234)).loc[['cravim', 'unet'], 'forward, s'].tolist() == ['1.23', 'not measured']
+    assert seconds_of(network('syndiff'), network('syndiff').smallest, (32, 64), repeats=1) > 0
 
 def test_a_record_without_sizes_is_refused():
     bare = Network(name='bare', paper='', build=lambda: nn.Conv2d(1, 1, 1), smallest={}, inputs=Inputs(channels=lambda config: 1))
@@ -279,6 +284,14 @@ def test_multi_scale_shapes_on_odd_sizes(size):
     record, net = network('multiscale_patchgan'), MultiScalePatchGAN(2, base_channels=2)
     assert [tuple(v.shape[1:]) for v in net(torch.randn(1, 2, *size))] == record.inputs.shape({}, size)
 
+@pytest.mark.parametrize('value', [1., -3.])
+def test_scales_average_the_pixels_that_are_there(value):
+    "A constant image stays constant at its border, so every scale sees what it would see of a smaller constant image"
+    net = MultiScalePatchGAN(base_channels=2)
+    for p in net.parameters(): nn.init.normal_(p, 0, .5)
+    for k, verdict in enumerate(net(torch.full((1, 1, 128, 96), value))):
+        torch.testing.assert_close(verdict, net.scales[k](torch.full((1, 1, 128 >> k, 96 >> k), value)))
+
 @pytest.mark.parametrize('bad', [dict(n_time=7), dict(n_levels=0), dict(group=-1), dict(taps=(1, 2, 1)), dict(n_channels=0)])
 def test_impossible_time_critics_are_refused(bad):
     with pytest.raises(ConfigError): TimePatchGAN(**bad)
@@ -338,3 +351,17 @@ def test_doctor_lists_models_and_names_what_is_not_as_recorded(monkeypatch, caps
         assert cli.main(['doctor', '--models']) == 2
         seen = capsys.readouterr()
         assert said[name] in seen.out and 'not what its record says' in seen.err
+
+# ---------------------------------------------------------------- README
+def test_the_readmes_table_of_five_systems_has_the_records_counts():
+    rows = [w for w in (ROOT/'README.md').read_text(encoding='utf-8').splitlines() if w.startswith('| ') and '/5_models/' in w]
+    table = {w.split('|')[1].strip(): w for w in rows}
+    names = dict(zip(('I2I-Mamba', 'HMF-MambaINR', 'CRAViM', 'MM2CT', 'CoLa-Diff'),
+        ('i2i_mamba', 'hmf_mambainr', 'cravim', 'mm2ct', 'cola_diff'), strict=True))
+    for title, name in names.items():
+        counts = [n for config, n in network(name).n_parameters if config == {}]
+        assert counts and f'{counts[0]:,}' in table[title], title
+        assert all((ROOT/p).exists() for p in re.findall(r'\]\((nbs/[^)]+)\)', table[title]))
+        assert 'not built' not in table[title].split('|')[3]
+    encoder = next(n for config, n in network('autoencoder').n_parameters if config == {})
+    assert '18,766,849' in table['I2I-Mamba'] and f'{encoder:,}' in table['CoLa-Diff']

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i2i_mamba_nb.blocks.conv import multiply_adds
 from i2i_mamba_nb.blocks.evss import (
     MIXERS,
     PHASES,
@@ -21,6 +20,7 @@ from i2i_mamba_nb.blocks.evss import (
     weigh,
 )
 from i2i_mamba_nb.core import CheckpointError, ConfigError, ShapeError, Spec, network, torch_rng
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.models.cravim import CRAViM, fits, load_released, stages, translated
 from i2i_mamba_nb.ssm import selective_scan
 from i2i_mamba_nb.ssm.mixers import ES2D, SS2D, trace

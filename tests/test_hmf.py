@@ -124,10 +124,11 @@ def test_stand_ins_of_the_blocks():
     torch.testing.assert_close(plain(f), F.conv2d(f, plain.reduce.weight, plain.reduce.bias))
     assert not list(Addition().parameters())
 
-@pytest.mark.parametrize('make, said', [(lambda: MFEB(3, dilations=[4]), 'two or more'), (lambda: MFEB(3, dilations='1248'), 'two or more'),
-    (lambda: MFEB(3, dilations=[1, 2.5]), 'whole number'), (lambda: MFEB(0), 'channels of MFEB'), (lambda: MSF(3, reduction=0), 'reduction of MSF'),
-    (lambda: MFM(3, kernel=4), 'odd'), (lambda: MFM(3, keep='y'), "'xy'"), (lambda: MFM(3, norm='bach'), "'batch'"),
-    (lambda: INRB(3, hidden=[]), 'a list of widths'), (lambda: INRB(3, hidden=64), 'a list of widths'), (lambda: INRB(3, n_frequencies=0), 'n_frequencies'),
+@pytest.mark.parametrize('make, said', [(lambda: MFEB(3, dilations=[4]), 'two or more'),
+    (lambda: MFEB(3, dilations='1248'), 'two or more'), (lambda: MFEB(3, dilations=[1, 2.5]), 'whole number'),
+    (lambda: MFEB(0), 'channels of MFEB'), (lambda: MSF(3, reduction=0), 'reduction of MSF'), (lambda: MFM(3, kernel=4), 'odd'),
+    (lambda: MFM(3, keep='y'), "'xy'"), (lambda: MFM(3, norm='bach'), "'batch'"), (lambda: INRB(3, hidden=[]), 'a list of widths'),
+    (lambda: INRB(3, hidden=64), 'a list of widths'), (lambda: INRB(3, n_frequencies=0), 'n_frequencies'),
     (lambda: INRB(3, code='points'), "Did you mean 'point'")])
 def test_blocks_refuse_in_words(make, said):
     with pytest.raises(ConfigError, match=said): make()
@@ -153,7 +154,8 @@ def test_neighbours_on_a_grid(N, n):
     near, i = beside_grid(N, n), torch.arange(N).double()
     u = (i+.5)*n/N-.5
     torch.testing.assert_close(near.offset[0], u-torch.floor(u+1e-12), atol=1e-9, rtol=0)
-    torch.testing.assert_close(near.offset[0]-1, near.offset[1]), torch.testing.assert_close(near.weight.sum(0), torch.ones(N).double())
+    torch.testing.assert_close(near.offset[0]-1, near.offset[1])
+    torch.testing.assert_close(near.weight.sum(0), torch.ones(N).double())
     assert near.index.min() >= 0 and near.index.max() < n and near.offset.abs().max() <= 1
     again = beside_points((2*i+1)/N-1, n)
     value = torch.arange(n).double()
@@ -168,7 +170,8 @@ def slow(net, z, size):
             at, total = ((i+.5)*h/H-.5, (j+.5)*w/W-.5), 0
             for r in (math.floor(at[0]+1e-12), math.floor(at[0]+1e-12)+1):
                 for c in (math.floor(at[1]+1e-12), math.floor(at[1]+1e-12)+1):
-                    code = [positional_code(torch.tensor(a-v, dtype=torch.float64), L, k) for a, v, k in zip(at, (r, c), width, strict=True)]
+                    offsets = [torch.tensor(a-v, dtype=torch.float64) for a, v in zip(at, (r, c), strict=True)]
+                    code = [positional_code(o, L, k) for o, k in zip(offsets, width, strict=True)]
                     vector = z[:, min(max(r, 0), h-1), min(max(c, 0), w-1)]
                     total = total+(1-abs(at[0]-r))*(1-abs(at[1]-c))*net.f(torch.cat([vector, *code]))
             out.append(total)
@@ -181,7 +184,8 @@ def inrb(c=5, o=2, hidden=(9, 6), L=10, code='area'):
     return net
 
 @pytest.mark.parametrize('code', ['area', 'point'])
-@pytest.mark.parametrize('shape, size', [((3, 4), (6, 8)), ((3, 4), (3, 4)), ((4, 6), (6, 9)), ((2, 5), (8, 20)), ((5, 3), (4, 7)), ((1, 1), (3, 2))])
+@pytest.mark.parametrize('shape, size', [((3, 4), (6, 8)), ((3, 4), (3, 4)), ((4, 6), (6, 9)), ((2, 5), (8, 20)), ((5, 3), (4, 7)),
+    ((1, 1), (3, 2))])
 def test_fast_equals_slow(shape, size, code):
     net, z = inrb(code=code), torch.randn(2, 5, *shape, generator=rng()).double()
     got = net(z, size)
@@ -193,6 +197,20 @@ def test_the_first_layer_is_of_feature_and_code():
     net = INRB(7, 3, hidden=(11, 13), n_frequencies=4)
     assert [tuple(m.weight.shape) for m in net.f if isinstance(m, nn.Linear)] == [(11, 7+16), (13, 11), (3, 13)]
     assert INRB(7).f[0].weight.shape == (256, 47) and len([m for m in INRB(7).f if isinstance(m, nn.ReLU)]) == 4
+
+def test_both_codes_are_one_family_at_x1_and_two_elsewhere():
+    "Weights of the printed code rewritten for the averaged one: the same image at twice the features, another at four times"
+    point, area, z = inrb(), inrb(), torch.randn(1, 5, 6, 7, generator=rng()).double()
+    point.code = 'point'
+    W = point.f[0].weight[:, 5:].detach().view(9, 2, 2, 10)     # row and column, sine and cosine, octave
+    constant = torch.tensor([0., 0, -1]+[1]*7).double()         # cosines at offsets of a quarter; their sines vanish from the third on
+    V = torch.zeros_like(W)
+    V[..., :2] = W[..., :2]/torch.sinc(torch.tensor([.25, .5]).double())
+    with torch.no_grad():
+        area.f[0].weight[:, 5:] = V.view(9, 40)
+        area.f[0].bias += (W[:, :, 1]*constant).sum((1, 2))
+        torch.testing.assert_close(area(z), point(z), atol=1e-9, rtol=1e-7)
+        assert (area(z, (24, 28))-point(z, (24, 28))).abs().max() > .01
 
 def test_x3_shares_its_middle_pixels_with_x1_for_the_point_code():
     net, z = inrb(code='point'), torch.randn(1, 5, 6, 7, generator=rng()).double()
@@ -257,8 +275,8 @@ def test_frequencies_a_pixel_cannot_show_are_not_taught():
     taught = net.f[0].weight[:, 16:].view(8, 4, 10).abs().amax((0, 1))
     assert taught[:2].min() > 1e-4 and taught[2:].max() < 1e-6
 
-@pytest.mark.parametrize('points', [torch.zeros(2, 3, 3), torch.zeros(3, 2), torch.zeros(1, 3, 2), torch.zeros(2, 3, 2).long(), torch.full((2, 3, 2), 1.01),
-    torch.full((2, 3, 2), math.nan), 'here'])
+@pytest.mark.parametrize('points', [torch.zeros(2, 3, 3), torch.zeros(3, 2), torch.zeros(1, 3, 2), torch.zeros(2, 3, 2).long(),
+    torch.full((2, 3, 2), 1.01), torch.full((2, 3, 2), math.nan), 'here'])
 def test_points_are_refused_in_words(points):
     z = torch.zeros(2, 5, 3, 4)
     for net in (INRB(5, hidden=[4]), PlainMLP(5, 1, 100)):
@@ -268,7 +286,8 @@ def test_points_are_refused_in_words(points):
 def test_sizes_are_refused_in_words(size):
     with pytest.raises(ConfigError, match='of INRB'): INRB(5, hidden=[4])(torch.zeros(1, 5, 3, 4), size)
 
-@pytest.mark.parametrize('c_in, c_out, hidden', [(384, 1, [64]*4), (96, 1, [16]*4), (384, 2, [64]*4), (384, 1, [128]*4), (200, 3, [40]*3)])
+@pytest.mark.parametrize('c_in, c_out, hidden',
+    [(384, 1, [64]*4), (96, 1, [16]*4), (384, 2, [64]*4), (384, 1, [128]*4), (200, 3, [40]*3)])
 def test_stand_ins_have_inrbs_number_of_parameters(c_in, c_out, hidden):
     with torch.device('meta'):
         n = parameters(INRB(c_in, c_out, hidden=hidden))
@@ -287,9 +306,10 @@ def test_the_plain_mlp_knows_no_coordinates():
     assert net.at(z, points).shape == (1, 20, 2)
 
 # ---------------------------------------------------------------- the network
+@pytest.mark.parametrize('patch_size, without', [(1, []), (2, []), (3, ['mfm', 'msf']), (1, ['rhmb', 'mfeb'])])
 @pytest.mark.parametrize('n_sources, size', [(1, (64, 64)), (2, (68, 100)), (3, (92, 76)), (4, (8, 8)), (2, (12, 140)), (1, (256, 180))])
-def test_sizes_and_sources(n_sources, size):
-    net = made(n_sources=n_sources).eval()
+def test_sizes_and_sources(n_sources, size, patch_size, without):
+    net = made(n_sources=n_sources, patch_size=patch_size, without=without).eval()
     with torch.no_grad(): y = net(images(2, n_sources, *size))
     assert y.shape == (2, 1, *size) and y.abs().max() < 1 and y.isfinite().all()
 
@@ -342,12 +362,15 @@ def test_counts_by_hand():
 
 def test_layers_of_the_paper_network_one_by_one():
     with torch.device('meta'): net = HMFMambaINR()
-    assert [tuple(s.weight.shape) for s in net.mfeb.scales] == [(256, 256, 3, 3)]*4 and [s.dilation for s in net.mfeb.scales] == [(d, d) for d in (1, 2, 4, 8)]
+    assert [tuple(s.weight.shape) for s in net.mfeb.scales] == [(256, 256, 3, 3)]*4
+    assert [s.dilation for s in net.mfeb.scales] == [(d, d) for d in (1, 2, 4, 8)]
     assert net.mfeb.reduce.weight.shape == (256, 768, 1, 1) and [tuple(m.weight.shape) for m in net.mfeb.msf.conv] == [(256, 256, 1, 1)]*4
     assert [tuple(getattr(net, f'side_{k}')[0].weight.shape) for k in (1, 2, 3)] == [(256, 256, 3, 3), (128, 256, 3, 3), (128, 256, 3, 3)]
-    assert [tuple(getattr(net, f'mfm_{k}').conv[0].weight.shape) for k in (1, 2, 3)] == [(256, 768, 1, 1), (128, 384, 1, 1), (128, 384, 1, 1)]
+    last = [tuple(getattr(net, f'mfm_{k}').conv[0].weight.shape) for k in (1, 2, 3)]
+    assert last == [(256, 768, 1, 1), (128, 384, 1, 1), (128, 384, 1, 1)]
     assert [tuple(m.weight.shape) for m in net.mfm_1.mlp if isinstance(m, nn.Conv2d)] == [(32, 256, 1, 1), (512, 32, 1, 1)]
-    assert net.decoder_1[1].weight.shape == (256, 512, 3, 3) and isinstance(net.decoder_2[0], nn.ConvTranspose2d) and net.decoder_3[1].weight.shape == (128, 256, 3, 3)
+    assert net.decoder_1[1].weight.shape == (256, 512, 3, 3) and isinstance(net.decoder_2[0], nn.ConvTranspose2d)
+    assert net.decoder_3[1].weight.shape == (128, 256, 3, 3)
     assert [tuple(m.weight.shape) for m in net.image.f if isinstance(m, nn.Linear)] == [(64, 424), (64, 64), (64, 64), (64, 64), (1, 64)]
 
 @pytest.mark.parametrize('name', RECORD.ablations)
@@ -368,15 +391,23 @@ def test_ablations_are_the_papers_stand_ins():
     assert [abs(parameters(nets[k].image)/39_745-1) < .04 for k in ('no_inr', 'pixel_decoder')] == [True, True]
     assert not any('mamba' in name or 'mixer' in name for name, _ in nets['no_rhmb'].named_modules())
     assert {type(getattr(nets['no_mfm'], f'mfm_{k}')) for k in (1, 2, 3)} == {Addition} and isinstance(nets['no_mfeb'].mfeb, ConcatConv)
-    assert isinstance(nets['no_msf'].mfeb.msf, ScaleConv) and isinstance(nets['no_inr'].image, PlainMLP) and isinstance(nets['pixel_decoder'].image, PixelDecoder)
-    for k in range(1, 10): assert (parameters(nets['no_rhmb'].get_submodule(f'bottleneck_{k}'))/parameters(nets[''].get_submodule(f'bottleneck_{k}'))) == pytest.approx(1, abs=1e-3)
+    assert isinstance(nets['no_msf'].mfeb.msf, ScaleConv)
+    assert isinstance(nets['no_inr'].image, PlainMLP) and isinstance(nets['pixel_decoder'].image, PixelDecoder)
+    for k in range(1, 10):
+        a, b = (parameters(nets[name].get_submodule(f'bottleneck_{k}')) for name in ('no_rhmb', ''))
+        assert a/b == pytest.approx(1, abs=1e-3)
+
+def test_the_printed_code_can_be_had():
+    assert made(decoder='inr_point').image.code == 'point' and made().image.code == 'area' and INRB(3).code == 'area'
+    fresh = HMFMambaINR(1, **SMALL)
+    assert fresh.image.f[0].weight[:, 24:].abs().max() == 0 < fresh.image.f[0].weight[:, :24].abs().min()
 
 def test_parts_can_be_left_out_together():
-    net = made(without=['mfm', 'rhmb', 'mfm'], decoder='mlp')
-    assert net.config['without'] == ['mfm', 'rhmb'] and net(images(1, 2, 16, 16)).shape == (1, 1, 16, 16)
+    net = made(without=['rhmb', 'mfm', 'rhmb'], decoder='mlp')
+    assert net.config['without'] == ['rhmb', 'mfm'] and net(images(1, 2, 16, 16)).shape == (1, 1, 16, 16)
     assert not RECORD.scans(net.config) and RECORD.scans({}) and RECORD.scans(dict(decoder='mlp'))
 
-@pytest.mark.parametrize('decoder', ['inr', 'inr_full', 'mlp'])
+@pytest.mark.parametrize('decoder', ['inr', 'inr_point', 'inr_full', 'mlp'])
 @pytest.mark.parametrize('scale', [.5, 1, 1.5, 2, 4])
 def test_decodes_at_any_resolution_from_one_set_of_weights(decoder, scale):
     net, X = made(decoder=decoder, n_targets=2).eval(), images(2, 2, 12, 20)
@@ -386,6 +417,27 @@ def test_decodes_at_any_resolution_from_one_set_of_weights(decoder, scale):
         assert y.shape == (2, 2, round(12*scale), round(20*scale)) and torch.equal(y, decode(net, X, size=tuple(y.shape[2:])))
         if scale == 1: assert torch.equal(y, net(X))
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+def test_x2_is_asked_of_the_function_not_enlarged():
+    net, X = made().eval(), images(1, 2, 12, 20)
+    with torch.no_grad():
+        y, z = decode(net, X, scale=2), net.features(X)
+        expected = torch.tanh(slow(copy.deepcopy(net.image).double(), z[0].double(), (24, 40)))
+        torch.testing.assert_close(y[0], expected.float(), atol=1e-5, rtol=1e-4)
+        for mode in ('nearest', 'bilinear', 'bicubic'): assert (y-F.interpolate(net(X), (24, 40), mode=mode)).abs().max() > 1e-3
+
+@pytest.mark.parametrize('code', ['area', 'point'])
+def test_any_point_by_the_formula(code):
+    net, z, points = inrb(code=code, L=4), torch.randn(1, 5, 4, 6, generator=rng()).double(), images(1, 30, 2).double()
+    for got, (y, x) in zip(net.at(z, points)[0], points[0].tolist(), strict=True):
+        at, total = ((y+1)*2-.5, (x+1)*3-.5), 0
+        for r in (math.floor(at[0]), math.floor(at[0])+1):
+            for c in (math.floor(at[1]), math.floor(at[1])+1):
+                area = abs(at[0]-(2*math.floor(at[0])+1-r))*abs(at[1]-(2*math.floor(at[1])+1-c))
+                offsets = torch.tensor([at[0]-r, at[1]-c], dtype=torch.float64)
+                code_of = positional_code(offsets, 4, .5 if code == 'area' else 0.)
+                total = total+area*net.f(torch.cat([z[0, :, min(max(r, 0), 3), min(max(c, 0), 5)], *code_of]))
+        torch.testing.assert_close(got, total)
 
 @pytest.mark.parametrize('decoder', ['inr', 'inr_full', 'mlp'])
 def test_points_at_pixel_centres_are_the_image(decoder):
@@ -399,8 +451,8 @@ def test_the_pixel_decoder_has_one_resolution():
     with pytest.raises(ConfigError, match='Only INRB and PlainMLP'): decode(net, X, scale=2)
     with pytest.raises(ConfigError, match='Only INRB and PlainMLP'): decode_at(net, X, torch.zeros(1, 3, 2))
 
-@pytest.mark.parametrize('given', [dict(scale=1.1), dict(scale=0), dict(scale=-2), dict(scale='2'), dict(scale=True), dict(scale=math.nan), dict(),
-    dict(scale=2, size=(24, 40)), dict(size=24), dict(size=(24, 0))])
+@pytest.mark.parametrize('given', [dict(scale=1.1), dict(scale=0), dict(scale=-2), dict(scale='2'), dict(scale=True),
+    dict(scale=math.nan), dict(), dict(scale=2, size=(24, 40)), dict(size=24), dict(size=(24, 0))])
 def test_impossible_resolutions_are_refused(given):
     with pytest.raises(ConfigError): decode(made(), images(1, 2, 12, 20), **given)
     assert decoded_size((12, 20), 1.25) == (15, 25)
@@ -414,14 +466,19 @@ def test_a_trained_network_agrees_with_itself_at_x2():
     assert psnr(x1, target) > 17
     assert psnr(F.avg_pool2d(x2, 2), x1) > psnr(x1, target)+6 and psnr(F.avg_pool2d(x4, 4), x1) > psnr(x1, target)+4
 
-@pytest.mark.parametrize('wrong, said', [(dict(without=['mfe']), "'mfeb'"), (dict(without='rhmb'), 'expected a list'), (dict(without=['msf', 'mfeb']), 'inside MFEB'),
-    (dict(decoder='pixl'), "'pixel'"), (dict(dilations=[1]), 'two or more'), (dict(reduction=[1]), 'two numbers'), (dict(reduction=[0, 8]), 'reduction of'),
-    (dict(hidden=[8, 0]), 'hidden of'), (dict(keep='yx'), "'x'|'xy'"), (dict(n_targets=0), 'n_targets'), (dict(n_frequencies=0), 'n_frequencies'),
-    (dict(patch_size=0), 'patch_size'), (dict(norm='x'), 'norm'), (dict(norm_at_test='x'), 'norm_at_test'), (dict(dilation=[1, 2]), "Did you mean 'dilations'")])
+@pytest.mark.parametrize('wrong, said', [(dict(without=['mfe']), "'mfeb'"), (dict(without='rhmb'), 'expected a list'),
+    (dict(without=['msf', 'mfeb']), 'inside MFEB'),
+    (dict(decoder='pixl'), "'pixel'"), (dict(dilations=[1]), 'two or more'), (dict(reduction=[1]), 'two numbers'),
+    (dict(reduction=[0, 8]), 'reduction of'),
+    (dict(hidden=[8, 0]), 'hidden of'), (dict(keep='yx'), "'x'|'xy'"), (dict(n_targets=0), 'n_targets'),
+    (dict(n_frequencies=0), 'n_frequencies'), (dict(patch_size=0), 'patch_size'), (dict(norm='x'), 'norm'),
+    (dict(norm_at_test='x'), 'norm_at_test'),
+    (dict(dilation=[1, 2]), "Did you mean 'dilations'")])
 def test_settings_are_refused_in_words(wrong, said):
     with pytest.raises(ConfigError, match=said): RECORD.build(**SMALL | wrong)
 
-@pytest.mark.parametrize('spec', [Spec(), Spec(sources=4), Spec(sources=1, noise=1, targets=2), Spec(sources=2, noise=1, steps=4, latent=64), Spec(sources=4, noise=4, targets=8, steps=1000)])
+@pytest.mark.parametrize('spec', [Spec(), Spec(sources=4), Spec(sources=1, noise=1, targets=2),
+    Spec(sources=2, noise=1, steps=4, latent=64), Spec(sources=4, noise=4, targets=8, steps=1000)])
 def test_fits_any_recipe(spec):
     config = RECORD.fits(spec)
     net = RECORD.build(**SMALL | config)

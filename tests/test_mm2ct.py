@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.signal import upfirdn
 from torch import nn
 
-from i2i_mamba_nb.blocks.conv import activation_checkpointing, multiply_adds
+from i2i_mamba_nb.blocks.conv import activation_checkpointing
 from i2i_mamba_nb.blocks.diffusive import (
     AdaptiveGroupNorm,
     DiffusiveBlock,
@@ -35,6 +35,7 @@ from i2i_mamba_nb.blocks.fusion import (
     swap_channels,
 )
 from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.models.mm2ct import MM2CT, DiffusiveUNet, ResNetGenerator, maps_of, unet_plan
 from i2i_mamba_nb.ssm.mixers import set_backend, trace
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2i_mamba_nb.blocks.conv import activation_checkpointing, multiply_adds
+from i2i_mamba_nb.blocks.conv import activation_checkpointing
 from i2i_mamba_nb.core import networks
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.ssm import backends
 from i2i_mamba_nb.ssm.mixers import SS2D, BiMamba, Mamba, set_backend
 

@@ -5,14 +5,14 @@ __all__ = ['CODES', 'Beside', 'beside_grid', 'beside_points', 'pixel_centres', '
            'check_size', 'check_points', 'AnySize', 'INRB', 'decode_grid', 'decode_points', 'fit_image', 'show_zoom',
            'closest', 'PlainMLP', 'PixelDecoder']
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #8e5ebbdf
+# %% ../../nbs/4_blocks/43_inr.ipynb #df53e6fd
 import contextlib
 import math
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate, linear
 from torch.utils.checkpoint import checkpoint
@@ -280,9 +280,9 @@ class PlainMLP(AnySize):
         mixed = grid_sample(z, points.flip(-1)[:, None].to(z.dtype), mode='bilinear', padding_mode='border', align_corners=False)
         return self.f(rearrange(mixed, 'b c 1 n -> b n c'))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #51690524
+# %% ../../nbs/4_blocks/43_inr.ipynb #ccd73d67
 class PixelDecoder(AnySize):
-    "Transposed convolution, normalisation, ReLU, convolution 7: twice the features' size and no other; about as many parameters as asked for"
+    "Transposed convolution, normalisation, ReLU, convolution 7: twice the features' size, no other; about as many parameters as asked for"
     def __init__(self,
         c_in,               # channels of the features
         c_out,              # images

@@ -55,7 +55,7 @@ def scale_weights(
     "Sigmoid, then softmax over the scales"
     return S.sigmoid().softmax(1)
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #2b84f37b
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #36358b0c
 class MSF(nn.Module):
     "Multi-scale selective fusion: n maps (b, c, h, w) to their weighted sum. Raises ConfigError"
     def __init__(self,
@@ -70,7 +70,8 @@ class MSF(nn.Module):
 
     def weights(self, maps) -> Float[Tensor, "b n c 1 1"]:
         "Weights of the scales; they sum to 1 over n"
-        return scale_weights(torch.stack([conv(pooled_mean(F))+conv(pooled_max(F)) for conv, F in zip(self.conv, maps, strict=True)], 1))
+        S = [conv(pooled_mean(F))+conv(pooled_max(F)) for conv, F in zip(self.conv, maps, strict=True)]
+        return scale_weights(torch.stack(S, 1))
 
     def forward(self, maps) -> Float[Tensor, "b c h w"]:
         return sum(w*F for w, F in zip(self.weights(maps).unbind(1), maps, strict=True))
@@ -82,7 +83,7 @@ def weight_bounds(
     "Lowest and highest weight that sigmoid-then-softmax can give one of n scales"
     return 1/(1+(n_scales-1)*math.e), math.e/(math.e+n_scales-1)
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #25a88e42
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #a5f883b3
 def show_bound(
     n_scales=4,         # n, number of scales
 ):
@@ -95,7 +96,8 @@ def show_bound(
         for name, w, colour in (('sigmoid, softmax', scale_weights(scores), 'C0'), ('softmax', scores.softmax(1), 'C1')):
             ax.plot(S, w[:, 0], style, color=colour, label=f'{name}; others at {others:+.0f}')
     for bound in weight_bounds(n_scales): ax.axhline(bound, color='.6', lw=.8)
-    ax.set(xlabel='score of one scale', ylabel='its weight', ylim=(-.05, 1.05)), ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
+    ax.set(xlabel='score of one scale', ylabel='its weight', ylim=(-.05, 1.05))
+    ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../../nbs/4_blocks/42_multiscale.ipynb #9f6580e3

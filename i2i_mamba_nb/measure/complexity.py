@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['parameters', 'scan_flops', 'formulas', 'multiply_adds', 'multiply_adds_of_parts', 'activation_bytes', 'seconds',
-           'Cost', 'cost', 'costs', 'cost_table', 'show_costs']
+           'Cost', 'cost', 'costs', 'seconds_of', 'cost_table', 'show_costs']
 
 # %% ../../nbs/3_measure/33_complexity.ipynb #f2efc457
 import contextlib
@@ -166,14 +166,30 @@ def costs(
     "dict name -> Cost of every registered network at its paper's size"
     return {n: cost(r) for n, r in networks(kind).items()}
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #0a63bc99
+# %% ../../nbs/3_measure/33_complexity.ipynb #abfe037e
+def seconds_of(
+    record,             # Network out of the registry
+    config=None,        # its configuration; the paper's if None
+    size=None,          # (h, w); the paper's if None
+    repeats=3,          # passes that count
+):
+    "Median seconds of a forward pass of one image on this machine, in evaluation mode. Raises ConfigError"
+    if config is None or size is None: paper_config, paper_size, _ = _paper_entry(record)
+    config, (h, w) = paper_config if config is None else config, tuple(paper_size if size is None else size)
+    further = [f(config, 1, (h, w), torch.Generator().manual_seed(0)) for f in record.inputs.further.values()]
+    return seconds(record.build(**config).eval(), torch.zeros(1, record.inputs.channels(config), h, w), *further, repeats=repeats)
+
+# %% ../../nbs/3_measure/33_complexity.ipynb #d4d6aa39
 def cost_table(
     found,              # dict name -> Cost
+    taken=None,         # dict name -> seconds of a forward pass on some machine, where they are known
 ):
     "The costs as a pandas table with units, one row per network"
     import pandas as pd
+    time_of = lambda n: f'{taken[n]:.2f}' if taken and n in taken else 'not measured'
     rows = {n: {'kind': c.kind, 'input': f'{c.size[0]} x {c.size[1]}', 'parameters': f'{c.parameters:,}',
-        'multiply-adds, 10^9': f'{c.multiply_adds/1e9:.2f}', 'kept for backward, MB': f'{c.activations/1e6:.0f}'} for n, c in found.items()}
+        'multiply-adds, 10^9': f'{c.multiply_adds/1e9:.2f}', 'kept for backward, MB': f'{c.activations/1e6:.0f}',
+        'forward, s': time_of(n)} for n, c in found.items()}
     return pd.DataFrame(rows).T
 
 def show_costs(

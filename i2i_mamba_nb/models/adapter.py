@@ -86,14 +86,18 @@ def time_map(
     "2 t/(T-1) - 1 as an image per time"
     return (2*t.to(x.dtype)/max(steps-1, 1)-1).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
 
-# %% ../../nbs/5_models/58_adapter.ipynb #bf2b667e
+# %% ../../nbs/5_models/58_adapter.ipynb #76835d74
 def fitted(
     record,         # Network of a generator
     spec,           # Spec of the recipe
+    config,         # settings given beside
 ):
-    "Settings that the recipe asks for; a generator has at least one source, which is empty where the recipe has none"
-    settings = dict(record.fits(spec))
-    return settings | dict(n_sources=max(1, settings['n_sources']))
+    "All settings, at least one source among them. Raises ConfigError where a way of working that the recipe needs is changed"
+    asked = dict(record.fits(spec))
+    for k, v in config.items():
+        if isinstance(asked.get(k), str) and v != asked[k]:
+            _refuse(record.name, f'{k}={v!r}', f'{k}={asked[k]!r}', f'Leave {k} to the record.')
+    return {**asked, 'n_sources': max(1, asked['n_sources']), **config}
 
 def _generator(name):
     "Record of a generator. Raises ConfigError"
@@ -102,7 +106,7 @@ def _generator(name):
     known = 'one of '+', '.join(networks('generator'))
     raise ConfigError('generator', given=f'{name!r} of kind {record.kind}', expected=known, hint='Choose a generator.')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #b2c0e95f
+# %% ../../nbs/5_models/58_adapter.ipynb #bd6de355
 class Adapted(nn.Module):
     "A generator that takes what a recipe gives: x (b, sources+noise, h, w), t (b,), z (b, latent). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -112,7 +116,7 @@ class Adapted(nn.Module):
     ):
         super().__init__()
         record = _generator(name)
-        self.network, self.spec, self.inputs = record.build(**{**fitted(record, spec), **config}), spec, record.inputs
+        self.network, self.spec, self.inputs = record.build(**fitted(record, spec, config)), spec, record.inputs
         settings = self.network.config
         self.config = dict(name=name, spec=asdict(spec), settings=dict(settings))
         self.who, self.told = f'{name} under this recipe', [n for n in record.inputs.further if n in ('time', 'latent')]

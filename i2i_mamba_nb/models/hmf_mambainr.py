@@ -5,14 +5,14 @@ __all__ = ['PARTS', 'DECODERS', 'RECORD', 'PlainStage', 'count', 'rhmb', 'check_
            'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'fused', 'show_decoder',
            'decoded_size', 'decode', 'decode_at']
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #1ab7f295
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #53a033f2
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from ..blocks.cmmamba import bottleneck_stage
-from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, norm_layer, up_stage
+from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, up_stage
 from ..blocks.inr import INRB, PixelDecoder, PlainMLP, check_hidden
 from ..blocks.multiscale import MFEB, MFM, Addition, ConcatConv, check_scales
 from ..core import ConfigError, Inputs, Network, check_choice, plain_fit, register, show_images
@@ -49,17 +49,17 @@ def rhmb(
     stage = bottleneck_stage(channels, variant='paper', patch_size=patch_size, **norms)
     return PlainStage(channels, count(stage), **norms) if plain else stage
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #f464d1eb
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #1d73d792
 PARTS = ('rhmb', 'mfeb', 'msf', 'mfm')
-DECODERS = ('inr', 'inr_full', 'mlp', 'pixel')
+DECODERS = ('inr', 'inr_point', 'inr_full', 'mlp', 'pixel')
 
 def check_without(
     without,            # names of parts
 ):
-    "The parts to leave out as a sorted list. Raises ConfigError"
+    "The parts to leave out as a list. Raises ConfigError"
     if isinstance(without, str) or not hasattr(without, '__iter__'):
         raise ConfigError('without', given=repr(without), expected='a list of parts', hint='For one part too: ["mfm"].')
-    without = sorted({check_choice('without', part, PARTS) for part in without})
+    without = list(dict.fromkeys(check_choice('without', part, PARTS) for part in without))
     if {'mfeb', 'msf'} <= set(without):
         raise ConfigError('without', given=repr(without), expected='mfeb or msf', hint='MSF is inside MFEB: leave out one of them.')
     return without
@@ -130,7 +130,7 @@ def add_decoder(
     net.decoder_3 = up_stage(4*c, c, **norms) if full else conv_stage(4*c, 2*c, **norms)
     net.side_3, net.mfm_3 = SideConv(4*c, last, 4 if full else 2), mfm(last)
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #147405df
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #145e8d19
 def image_decoder(
     c,                  # channels after the first layer
     config,             # settings of the network
@@ -138,12 +138,13 @@ def image_decoder(
 ):
     "INRB, or a stand-in of as many parameters"
     c_in, c_out, hidden = (2 if config['decoder'] == 'inr_full' else 6)*c, config['n_targets'], config['hidden']
-    inrb = INRB(c_in, c_out, hidden=hidden, n_frequencies=config['n_frequencies'])
+    code = 'point' if config['decoder'] == 'inr_point' else 'area'
+    inrb = INRB(c_in, c_out, hidden=hidden, n_frequencies=config['n_frequencies'], code=code)
     if config['decoder'] == 'mlp': return PlainMLP(c_in, c_out, count(inrb), depth=len(hidden))
     if config['decoder'] == 'pixel': return PixelDecoder(c_in, c_out, count(inrb), **norms)
     return inrb
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #5e2b6854
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #fabe6939
 class HMFMambaINR(nn.Module):
     "Generator of HMF-MambaINR: sources (b, I, h, w) to targets (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -154,7 +155,7 @@ class HMFMambaINR(nn.Module):
         n_stages=9,             # J, stages in the bottleneck
         patch_size=1,           # pixels of the bottleneck per token and side
         without=(),             # parts to leave out: 'rhmb', 'mfeb', 'msf', 'mfm'
-        decoder='inr',          # 'inr', 'inr_full' (features at the image's resolution), 'mlp' or 'pixel'
+        decoder='inr',          # 'inr', 'inr_point' (code as printed), 'inr_full' (features at full size), 'mlp', 'pixel'
         dilations=(1, 2, 4, 8),  # of MFEB, one per scale
         reduction=(1, 8),       # of MSF and of MFM
         keep='x',               # what MFM concatenates unmodulated: 'x' or 'xy'
@@ -232,7 +233,7 @@ RECORD = register(Network(
         full_resolution=dict(decoder='inr_full')),
 ))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #7155eef1
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #7f8ca48f
 def decoded_size(
     shape,              # (h, w) of the sources
     scale=None,         # factor
@@ -240,9 +241,10 @@ def decoded_size(
 ):
     "(H, W) from a factor or a size. Raises ConfigError"
     if (scale is None) == (size is None):
-        raise ConfigError('resolution', given=f'scale={scale}, size={size}', expected='one of the two', hint='scale=1.5 or size=(384, 384).')
+        raise ConfigError('resolution', given=f'scale={scale}, size={size}', expected='one of them', hint='scale=1.5 or size=(384, 384).')
     if size is not None: return size
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0 or any(abs(n*scale-round(n*scale)) > 1e-6 for n in shape):
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and scale > 0
+    if not number or any(abs(n*scale-round(n*scale)) > 1e-6 for n in shape):
         raise ConfigError('scale', given=repr(scale), expected=f'a factor that turns {tuple(shape)} into whole numbers',
             hint='Give size=(height, width) instead.')
     return tuple(round(n*scale) for n in shape)

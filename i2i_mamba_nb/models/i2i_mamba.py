@@ -22,7 +22,7 @@ def mamba_stages(
     "Numbers of the stages with Mamba: 1, ceil(J/2), J"
     return {1, -(-n_stages//2), n_stages}
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #fb4599c0
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #5bbe55b7
 class I2IMamba(nn.Module):
     "Generator of I2I-Mamba: sources (b, I, h, w) to targets (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -38,7 +38,8 @@ class I2IMamba(nn.Module):
         norm_at_test='batch_statistics',  # behaviour of 'batch' at test: per image, or 'running'
     ):
         super().__init__()
-        check_positive('I2IMamba', n_sources=n_sources, n_targets=n_targets, base_channels=base_channels, n_stages=n_stages, patch_size=patch_size)
+        check_positive('I2IMamba', n_sources=n_sources, n_targets=n_targets, base_channels=base_channels, n_stages=n_stages,
+            patch_size=patch_size)
         self.config = dict(n_sources=n_sources, variant=variant, n_targets=n_targets, base_channels=base_channels, n_stages=n_stages,
             patch_size=patch_size, mixer=mixer, norm=norm, norm_at_test=norm_at_test)
         c, norms = base_channels, dict(norm=norm, at_test=norm_at_test)
