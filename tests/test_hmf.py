@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from i2i_mamba_nb.blocks.cmmamba import PaperStage
-from i2i_mamba_nb.blocks.conv import ResidualCNN, activation_checkpointing, multiply_adds
+from i2i_mamba_nb.blocks.conv import ResidualCNN, activation_checkpointing
 from i2i_mamba_nb.blocks.inr import INRB, PixelDecoder, PlainMLP, beside_grid, beside_points, fit_image, pixel_centres, positional_code
 from i2i_mamba_nb.blocks.multiscale import MFEB, MFM, MSF, Addition, ConcatConv, ScaleConv, dilated, scale_weights, weight_bounds
 from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
+from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.models.hmf_mambainr import HMFMambaINR, decode, decode_at, decoded_size
 from i2i_mamba_nb.models.i2i_mamba import I2IMamba
 

@@ -64,6 +64,8 @@ def structure(cells):
     yield not exports or tests/len(code) >= .30, f'{tests} of {len(code)} code cells test: {100*tests/len(code):.0f} % < 30 %'
     yield drawn >= h2, f'{drawn} pictures < {h2} sections'
     yield not exports or 3 <= words/sum(sizes) <= 6, f'{words/sum(sizes):.1f} words per line of code, not 3 to 6'
+    odd = [c for c in cells if re.search(r'[\x00-\x09\x0b-\x1f]', source(c))]
+    yield not odd, f'{len(odd)} cells with control characters (a backslash that was eaten, as in a formula)'
     rows = [w for c in prose for w in source(c).splitlines() if w.startswith('> Paper:')]
     yield all(LEDGER.match(r) for r in rows), 'a ledger row not in the form > Paper: ... Ours: ... Why: ... Effect: ...'
     yield comments <= .1*sum(sizes), f'{comments} comment lines in {sum(sizes)} > 10 %'
