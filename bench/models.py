@@ -2,7 +2,8 @@
 
 Forward is what synthesis does (test mode, no gradients): one image of 256 x 256, one denoising step, one latent step of 64 x 64, as the
 record says. A training step is forward, the mean absolute error, backward and one step of Adam of the generator alone. Peak memory is what
-the resident set grows by during the first such call in a fresh process, weights and inputs not counted, Adam's state counted.
+the resident set grows by during the first such call in a fresh process, weights and inputs not counted, Adam's state counted. Bars are
+judged where freed memory goes back to the system; `memory_kept` has the times where the allocator keeps it (see machine.py).
 """
 import argparse
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from machine import RESULTS, Others, bar, described, growth, in_child, interleaved, n_cores, peers, stored, told
+from machine import ALLOCATORS, RESULTS, Others, bar, described, growth, in_child, interleaved, n_cores, peers, stored, told
 
 from i2i_mamba_nb.core import network, networks
 from i2i_mamba_nb.measure.complexity import cost
@@ -53,7 +54,7 @@ def peak(name, config, size, mode): return growth(calls(name, config, size)[mode
 CHILDREN = dict(times=times, peak=peak)
 
 def demands(name, found, ms, smoke):
-    "What a generator must reach"
+    "What a generator must reach, where freed memory is given back"
     seconds = ms['forward']['median']/1e3
     bars = [bar('training step / forward', ms['step']['median']/ms['forward']['median'], at_most=STEP)]
     if name in FORWARD: bars.insert(0, bar('forward, s', seconds, at_most=FORWARD[name]))
@@ -68,17 +69,18 @@ def measure(name, options):
     "One row"
     others, (config, size) = Others(), entry(name, options.smoke)
     found, job = cost(network(name), config, size), [name, config, size]
-    ms = in_child(__file__, ['times', *job, options.repeats], options.threads)
+    ms, kept = (in_child(__file__, ['times', *job, options.repeats], options.threads, a) for a in ALLOCATORS)
     peaks = {mode: in_child(__file__, ['peak', *job, mode], options.threads) for mode in ('forward', 'step')}
     facts = dict(parameters=found.parameters, multiply_adds=found.multiply_adds, kept_for_backward_bytes=found.activations)
     bars = demands(name, found, ms, options.smoke)
-    return dict(config=config, size=size, **facts, ms=ms, peak_bytes=peaks, bars=bars, measured=others.report())
+    return dict(config=config, size=size, **facts, ms=ms, memory_kept=dict(ms=kept), peak_bytes=peaks, bars=bars, measured=others.report())
 
 def show(name, row):
     "A row as text"
     peaks = ', '.join(f'{k} {"not known" if v is None else f"{v/1e6:.0f} MB"}' for k, v in row['peak_bytes'].items())
     print(f'{name}: {row["parameters"]:,} parameters, {row["multiply_adds"]/1e9:.1f} GMAC, '
         +', '.join(f'{k} {v["median"]:.0f} ms' for k, v in row['ms'].items())+f'; peak {peaks}')
+    print('  memory kept:', ', '.join(f'{k} {v["median"]:.0f}' for k, v in row['memory_kept']['ms'].items()), 'ms')
     for b in row['bars']: print('  bar:', told(b))
     sys.stdout.flush()
 

@@ -34,12 +34,29 @@ def given(net, size=(16, 24), b=2, seed=1):
 
 # time ---------------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('shift', [0, 1])
 @pytest.mark.parametrize('width, period', [(2, 1e4), (6, 1e4), (128, 1e4), (10, 50.)])
-def test_time_code_equals_diffusers(width, period):
+def test_time_code_equals_diffusers(width, period, shift):
     embeddings = pytest.importorskip('diffusers.models.embeddings', reason='diffusers is the oracle')
     t = torch.tensor([0, 1, 17, 500, 999])
-    expected = embeddings.get_timestep_embedding(t, width, flip_sin_to_cos=False, downscale_freq_shift=0, max_period=period)
-    torch.testing.assert_close(cond.sinusoidal(t, width, max_period=period), expected, atol=2e-4, rtol=0)
+    if width == 2 and shift: pytest.skip('diffusers divides by zero here; ours has the one frequency 1')
+    expected = embeddings.get_timestep_embedding(t, width, flip_sin_to_cos=False, downscale_freq_shift=shift, max_period=period)
+    torch.testing.assert_close(cond.sinusoidal(t, width, max_period=period, shift=shift), expected, atol=2e-4, rtol=0)
+
+@pytest.mark.parametrize('shift', [0, 1])
+def test_slowest_clock(shift):
+    for K in (2, 5, 64):
+        sine, cosine = cond.sinusoidal(torch.tensor([100]), 2*K, shift=shift)[0].view(2, K)[:, -1].tolist()
+        assert math.atan2(sine, cosine) == pytest.approx(100*1e4**(-(K-1)/(K-shift)), rel=1e-3)
+    assert cond.sinusoidal(torch.tensor([3]), 2, shift=1)[0].tolist() == pytest.approx([math.sin(3), math.cos(3)])
+    for bad in (2, -1, None):
+        with pytest.raises(ConfigError, match='shift of the time code.*0 or 1'): cond.sinusoidal(torch.tensor([3]), 6, shift=bad)
+
+def test_time_embedding_passes_its_shift_on():
+    e, t = cond.TimeEmbedding(6, 7, shift=1), torch.tensor([3, 900])
+    assert torch.equal(e(t), e.second(torch.nn.functional.silu(e.first(cond.sinusoidal(t, 6, shift=1)))))
+    e.shift = 0
+    assert torch.equal(e(t), e.second(torch.nn.functional.silu(e.first(cond.sinusoidal(t, 6)))))
 
 def test_time_embedding_layers_and_dtypes():
     e = cond.TimeEmbedding(4, 7)

@@ -1,5 +1,6 @@
 "HMF-MambaINR: scales and gates, the bound, the ensemble against a slow one, any resolution, counts, switches, layers against the text"
 import copy
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from i2i_mamba_nb.blocks.inr import INRB, PixelDecoder, PlainMLP, beside_grid, b
 from i2i_mamba_nb.blocks.multiscale import MFEB, MFM, MSF, Addition, ConcatConv, ScaleConv, dilated, scale_weights, weight_bounds
 from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
 from i2i_mamba_nb.measure.complexity import multiply_adds
+from i2i_mamba_nb.models.adapter import adapted
 from i2i_mamba_nb.models.hmf_mambainr import HMFMambaINR, decode, decode_at, decoded_size
 from i2i_mamba_nb.models.i2i_mamba import I2IMamba
 
@@ -96,7 +98,8 @@ def test_each_scale_and_both_poolings_are_heard():
     same_max[0].flatten(2).scatter_add_(2, lowest[..., None], torch.full((2, 5, 1), -20.).double())
     assert (msf.weights(same_max)-base).abs().max() > 1e-4
 
-@pytest.mark.parametrize('options', [{}, dict(keep='xy'), dict(kernel=3), dict(reduction=1), dict(reduction=2), dict(norm='instance')])
+@pytest.mark.parametrize('options', [{}, dict(keep='xy'), dict(kernel=3), dict(reduction=1), dict(reduction=2), dict(norm='instance'),
+    dict(plain=True), dict(plain=True, kernel=3, keep='xy')])
 def test_mfm_is_the_formula(options):
     torch.manual_seed(0)
     c = 24
@@ -109,10 +112,14 @@ def test_mfm_is_the_formula(options):
     a, b = g.view(2, 2, c).softmax(1).unbind(1)
     a, b = a[..., None, None], b[..., None, None]
     parts = [a*X, b*Y, X]+([Y] if options.get('keep') == 'xy' else [])
-    torch.testing.assert_close(mfm(X, Y), mfm.conv(torch.cat(parts, 1)))
+    conv = next(m for m in mfm.conv if isinstance(m, nn.Conv2d))
+    expected = F.conv2d(torch.cat(parts, 1), conv.weight, conv.bias, padding=options.get('kernel', 1)//2)
+    assert (conv.bias is None) != options.get('plain', False) and len(mfm.conv) == (1 if options.get('plain') else 3)
+    if not options.get('plain'): expected = F.instance_norm(expected).relu()
+    torch.testing.assert_close(mfm(X, Y), expected)
     torch.testing.assert_close(mfm.weights(X, Y).sum(1), torch.ones(2, c, 1, 1).double())
     k = options.get('kernel', 1)
-    assert mfm.conv[-3].weight.shape == (c, len(parts)*c, k, k)
+    assert conv.weight.shape == (c, len(parts)*c, k, k)
 
 def test_stand_ins_of_the_blocks():
     block = MFEB(6, msf=False)
@@ -133,6 +140,31 @@ def test_stand_ins_of_the_blocks():
     (lambda: INRB(3, code='points'), "Did you mean 'point'")])
 def test_blocks_refuse_in_words(make, said):
     with pytest.raises(ConfigError, match=said): make()
+
+def maps(n, *shape): return [torch.randn(*shape, generator=rng(k)) for k in range(n)]
+
+@pytest.mark.parametrize('given, said', [(maps(3, 2, 5, 6, 7), r'given 3, expected 4'), (maps(5, 2, 5, 6, 7), 'given 5, expected 4'), ([], 'given 0'),
+    (maps(3, 2, 5, 6, 7)+maps(1, 2, 5, 6, 1), r'\(2, 5, 6, 1\)'), (maps(3, 2, 5, 6, 7)+maps(1, 1, 5, 6, 7), r'\(1, 5, 6, 7\)'),
+    (maps(4, 0, 5, 6, 7), 'at least one image'), (maps(4, 2, 5, 0, 7), 'at least one'), (maps(4, 2, 4, 6, 7), '5 channels'), (maps(4, 5, 6, 7), 'b, c, h, w'),
+    (['a']*4, 'given str'), (None, 'given NoneType')])
+def test_gates_refuse_maps_that_do_not_belong_together(given, said):
+    for gate in (MSF(5), ScaleConv(5)):
+        with pytest.raises(ShapeError, match=f'maps of {type(gate).__name__}: .*{said}'): gate(given)
+    with pytest.raises(ShapeError, match=said): MSF(5).weights(given)
+
+@pytest.mark.parametrize('X, Y', [((2, 5, 6, 7), (2, 5, 6, 1)), ((2, 5, 6, 7), (2, 5, 1, 1)), ((2, 5, 6, 7), (1, 5, 6, 7)), ((2, 5, 6, 7), (2, 1, 6, 7)),
+    ((0, 5, 6, 7), (0, 5, 6, 7)), ((2, 5, 6, 7), (5, 6, 7)), ((2, 5, 0, 7), (2, 5, 0, 7))])
+def test_modulation_and_addition_refuse_to_broadcast(X, Y):
+    for module in (MFM(5), MFM(5).weights, Addition()):
+        for a, b in ((X, Y), (Y, X)):
+            with pytest.raises(ShapeError, match='maps of (MFM|Addition): given'): module(torch.zeros(a), torch.zeros(b))
+
+@pytest.mark.parametrize('without', [[], ['rhmb', 'mfeb', 'mfm'], ['msf']])
+def test_an_empty_batch_is_refused_in_words(without):
+    net = made(without=without)
+    for call in (net, net.features, lambda X: decode(net, X, scale=2), lambda X: decode_at(net, X, torch.zeros(0, 3, 2))):
+        with pytest.raises(ShapeError, match=r'images for HMFMambaINR: given shape \(0, 2, 16, 16\), expected at least one image'):
+            call(torch.zeros(0, 2, 16, 16))
 
 # ---------------------------------------------------------------- positional code, ensemble
 @pytest.mark.parametrize('n_frequencies', [1, 2, 10])
@@ -201,8 +233,7 @@ def test_the_first_layer_is_of_feature_and_code():
 
 def test_both_codes_are_one_family_at_x1_and_two_elsewhere():
     "Weights of the printed code rewritten for the averaged one: the same image at twice the features, another at four times"
-    point, area, z = inrb(), inrb(), torch.randn(1, 5, 6, 7, generator=rng()).double()
-    point.code = 'point'
+    point, area, z = inrb(code='point'), inrb(), torch.randn(1, 5, 6, 7, generator=rng()).double()
     W = point.f[0].weight[:, 5:].detach().view(9, 2, 2, 10)     # row and column, sine and cosine, octave
     constant = torch.tensor([0., 0, -1]+[1]*7).double()         # cosines at offsets of a quarter; their sines vanish from the third on
     V = torch.zeros_like(W)
@@ -283,9 +314,21 @@ def test_points_are_refused_in_words(points):
     for net in (INRB(5, hidden=[4]), PlainMLP(5, 1, 100)):
         with pytest.raises(ShapeError, match=r'points: given .*expected a floating tensor \(2, n, 2\)'): net.at(z, points)
 
-@pytest.mark.parametrize('size', [7, (7,), (7, 0), (7, 2.5), 'big', (1, 2, 3)])
+@pytest.mark.parametrize('size', [7, (7,), (7, 0), (7, 2.5), 'big', (1, 2, 3), 0, (), [], False, '', 0., torch.Size([])])
 def test_sizes_are_refused_in_words(size):
-    with pytest.raises(ConfigError, match='of INRB'): INRB(5, hidden=[4])(torch.zeros(1, 5, 3, 4), size)
+    z, points = torch.zeros(1, 5, 3, 4), torch.zeros(1, 2, 2)
+    for net in (INRB(5, hidden=[4]), PlainMLP(5, 1, 100), PixelDecoder(5, 1, 100)):
+        with pytest.raises(ConfigError, match=f'of {type(net).__name__}: given'): net(z, size)
+        with pytest.raises(ConfigError, match=f'of {type(net).__name__}: given'): net.at(z, points, size)
+    with pytest.raises(ConfigError, match='of INRB: given'): decode(made(), images(1, 2, 12, 20), size=size)
+
+@pytest.mark.parametrize('z, said', [(torch.zeros(0, 5, 3, 4), r'given shape \(0, 5, 3, 4\)'), (torch.zeros(1, 5, 0, 4), 'at least one'),
+    (torch.zeros(5, 3, 4), r'b, 5, h, w'), (torch.zeros(1, 4, 3, 4), 'b, 5, h, w'), ('z', 'given str')])
+def test_features_are_refused_in_words(z, said):
+    for net in (INRB(5, hidden=[4]), PlainMLP(5, 1, 100), PixelDecoder(5, 1, 100)):
+        with pytest.raises(ShapeError, match=f'features of {type(net).__name__}: .*{said}'): net(z)
+        if not isinstance(net, PixelDecoder):
+            with pytest.raises(ShapeError, match=f'features of {type(net).__name__}: .*{said}'): net.at(z, torch.zeros(1, 2, 2))
 
 @pytest.mark.parametrize('c_in, c_out, hidden',
     [(384, 1, [64]*4), (96, 1, [16]*4), (384, 2, [64]*4), (384, 1, [128]*4), (200, 3, [40]*3)])
@@ -293,10 +336,10 @@ def test_stand_ins_have_inrbs_number_of_parameters(c_in, c_out, hidden):
     with torch.device('meta'):
         n = parameters(INRB(c_in, c_out, hidden=hidden))
         mlp, pixel = PlainMLP(c_in, c_out, n, depth=len(hidden)), PixelDecoder(c_in, c_out, n)
-    width, m = mlp.f[0].out_features, pixel.up[0].out_channels
+    width, m = mlp.mlp[0].out_features, pixel.up[0].out_channels
     assert abs(parameters(mlp)-n) <= (c_in+2*len(hidden)*width+c_out+1) and abs(parameters(pixel)-n) <= 9*c_in+2+49*c_out
     assert max(abs(parameters(mlp)/n-1), abs(parameters(pixel)/n-1)) < (.04 if n > 30_000 else .12) and m >= 1
-    assert len([f for f in mlp.f if isinstance(f, nn.ReLU)]) == len(hidden)
+    assert len([f for f in mlp.mlp if isinstance(f, nn.ReLU)]) == len(hidden)
 
 def test_the_plain_mlp_knows_no_coordinates():
     net, z = PlainMLP(5, 2, 300, depth=2).double(), torch.ones(1, 5, 6, 7).double()
@@ -307,12 +350,34 @@ def test_the_plain_mlp_knows_no_coordinates():
     assert net.at(z, points).shape == (1, 20, 2)
 
 # ---------------------------------------------------------------- the network
-@pytest.mark.parametrize('patch_size, without', [(1, []), (2, []), (3, ['mfm', 'msf']), (1, ['rhmb', 'mfeb'])])
+@pytest.mark.parametrize('without', [[], ['mfm', 'msf'], ['rhmb', 'mfeb']])
 @pytest.mark.parametrize('n_sources, size', [(1, (64, 64)), (2, (68, 100)), (3, (92, 76)), (4, (8, 8)), (2, (12, 140)), (1, (256, 180))])
-def test_sizes_and_sources(n_sources, size, patch_size, without):
-    net = made(n_sources=n_sources, patch_size=patch_size, without=without).eval()
+def test_sizes_and_sources(n_sources, size, without):
+    net = made(n_sources=n_sources, without=without).eval()
     with torch.no_grad(): y = net(images(2, n_sources, *size))
     assert y.shape == (2, 1, *size) and y.abs().max() < 1 and y.isfinite().all()
+
+@pytest.mark.parametrize('patch_size, good, bad', [(2, [(8, 8), (16, 24), (72, 40)], [(12, 16), (16, 20), (10, 16)]),
+    (3, [(12, 12), (24, 36)], [(8, 8), (16, 16), (12, 20)]), (5, [(20, 40)], [(16, 16), (20, 44)])])
+def test_patches_cover_the_bottleneck_or_the_size_is_refused(patch_size, good, bad, monkeypatch):
+    net = made(patch_size=patch_size).eval()
+    padded = []
+    pad = F.pad
+    monkeypatch.setattr('i2i_mamba_nb.blocks.cmmamba.F.pad', lambda f, by, **how: padded.append(by) or pad(f, by, **how))
+    with torch.no_grad():
+        for size in good: assert net(images(1, 2, *size)).shape == (1, 1, *size)
+        assert padded and not any(any(by) for by in padded)
+        for size in bad:
+            for call in (net, net.features, lambda X: decode(net, X, scale=1)):
+                with pytest.raises(ShapeError, match=f'patch_size={patch_size}.*divisible by {4*patch_size}'): call(images(1, 2, *size))
+
+def test_the_records_multiple_holds_for_all_it_registers():
+    m = RECORD.inputs.multiple
+    configs = [RECORD.smallest, *RECORD.presets.values(), *(RECORD.smallest | a for a in RECORD.ablations.values())]
+    for config in configs:
+        if config == {}: continue       # paper size: patch_size is 1
+        net = RECORD.build(**config).eval()
+        with torch.no_grad(): assert net(images(1, 2, 3*m, 5*m)).shape == (1, 1, 3*m, 5*m)
 
 @pytest.mark.parametrize('n_stages, rhmbs', [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {1, 2, 4}), (9, {1, 5, 9})])
 def test_rhmb_first_middle_last_and_all_reach_mfeb(n_stages, rhmbs):
@@ -380,8 +445,10 @@ def test_each_switch_changes_names_or_shapes_and_output(name):
     base, X = RECORD.build(**RECORD.smallest), images(1, 2, 16, 24)
     torch.manual_seed(0)
     other = RECORD.build(**RECORD.smallest | RECORD.ablations[name])
-    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (base, other)]
-    assert shapes[0] != shapes[1]
+    names = [{n for n, _ in m.named_parameters()} for m in (base, other)]
+    assert names[0] != names[1]
+    for a, b in ((base, other), (other, base)):
+        with pytest.raises(RuntimeError, match='(Missing|Unexpected) key'): a.load_state_dict(b.state_dict())
     with torch.no_grad(): assert (base(X)-other(X)).abs().max() > 1e-3
 
 def test_ablations_are_the_papers_stand_ins():
@@ -397,6 +464,30 @@ def test_ablations_are_the_papers_stand_ins():
     for k in range(1, 10):
         a, b = (parameters(nets[name].get_submodule(f'bottleneck_{k}')) for name in ('no_rhmb', ''))
         assert a/b == pytest.approx(1, abs=1e-3)
+
+def test_no_two_ways_to_the_image_share_their_names():
+    "Weights of one decoder do not load into another, even where every shape fits"
+    names = {}
+    for d in ('inr', 'inr_point', 'mlp', 'pixel', 'inr_full'):
+        with torch.device('meta'): names[d] = {n for n, _ in HMFMambaINR(decoder=d).named_parameters()}
+    for a in names:
+        for b in names: assert a == b or (names[a]-names[b] and names[b]-names[a]), (a, b)
+    image = {d: {n for n in v if n.startswith('image.')} for d, v in names.items()}
+    for a, b in (('inr', 'inr_point'), ('inr', 'mlp'), ('inr_point', 'mlp'), ('inr', 'pixel')): assert not image[a] & image[b]
+    assert RECORD.ablations['inr_point'] == dict(decoder='inr_point')
+
+def test_two_octaves_are_used_at_the_trained_size_and_more_at_others():
+    "2,048 of INRB's 39,745 weights have no gradient at x1; at another size, or as printed, they have"
+    idle = {}
+    with torch.device('meta'): wide = parameters(HMFMambaINR().image)
+    assert wide == 39_745 and 8*4*64 == 2_048
+    for name, decoder, size in (('x1', 'inr', (16, 24)), ('x1.5', 'inr', (24, 36)), ('x2', 'inr', (32, 48)), ('point', 'inr_point', (16, 24))):
+        net = made(decoder=decoder).double()
+        z = net.features(images(1, 2, 16, 24).double()).detach()
+        net.image(z, size).square().sum().backward()
+        g = net.image.f[0].weight.grad[:, 24:].view(8, 4, 10).abs().amax((0, 1))
+        idle[name] = int((g < 1e-12*g.max()).sum())
+    assert idle['x1'] == 8 and idle['x2'] <= 7 and idle['x1.5'] == 0 and idle['point'] == 0
 
 def test_the_printed_code_can_be_had():
     assert made(decoder='inr_point').image.code == 'point' and made().image.code == 'area' and INRB(3).code == 'area'
@@ -453,9 +544,10 @@ def test_the_pixel_decoder_has_one_resolution():
     with pytest.raises(ConfigError, match='Only INRB and PlainMLP'): decode_at(net, X, torch.zeros(1, 3, 2))
 
 @pytest.mark.parametrize('given', [dict(scale=1.1), dict(scale=0), dict(scale=-2), dict(scale='2'), dict(scale=True),
-    dict(scale=math.nan), dict(), dict(scale=2, size=(24, 40)), dict(size=24), dict(size=(24, 0))])
+    dict(scale=math.nan), dict(scale=math.inf), dict(scale=-math.inf), dict(scale=0.), dict(scale=1e-9), dict(scale=()), dict(),
+    dict(scale=2, size=(24, 40)), dict(scale=2, size=()), dict(size=24), dict(size=(24, 0))])
 def test_impossible_resolutions_are_refused(given):
-    with pytest.raises(ConfigError): decode(made(), images(1, 2, 12, 20), **given)
+    with pytest.raises(ConfigError, match='^(scale: given|resolution: given|size of INRB: given|height of INRB|width of INRB)'): decode(made(), images(1, 2, 12, 20), **given)
     assert decoded_size((12, 20), 1.25) == (15, 25)
 
 def test_a_trained_network_agrees_with_itself_at_x2():
@@ -471,12 +563,42 @@ def test_a_trained_network_agrees_with_itself_at_x2():
     (dict(without=['msf', 'mfeb']), 'inside MFEB'),
     (dict(decoder='pixl'), "'pixel'"), (dict(dilations=[1]), 'two or more'), (dict(reduction=[1]), 'two numbers'),
     (dict(reduction=[0, 8]), 'reduction of'),
-    (dict(hidden=[8, 0]), 'hidden of'), (dict(keep='yx'), "'x'|'xy'"), (dict(n_targets=0), 'n_targets'),
+    (dict(hidden=[8, 0]), 'hidden of'), (dict(mfm=dict(keep='yx')), "'x'|'xy'"),
+    (dict(mfm=dict(kernel=2)), 'kernel of MFM'), (dict(mfm=dict(kernal=1)), "Did you mean 'kernel'"), (dict(mfm='xy'), 'a dict'),
+    (dict(mfm=dict(plain='no')), 'plain of MFM'), (dict(mfm=dict(kernel=0), without=['mfm']), 'kernel of MFM'),
+    (dict(mfm=dict(keep='z'), without=['mfm']), 'keep'), (dict(n_targets=0), 'n_targets'),
     (dict(n_frequencies=0), 'n_frequencies'), (dict(patch_size=0), 'patch_size'), (dict(norm='x'), 'norm'),
     (dict(norm_at_test='x'), 'norm_at_test'),
     (dict(dilation=[1, 2]), "Did you mean 'dilations'")])
 def test_settings_are_refused_in_words(wrong, said):
     with pytest.raises(ConfigError, match=said): RECORD.build(**SMALL | wrong)
+
+@pytest.mark.parametrize('mfm', [{}, dict(keep='xy'), dict(kernel=3), dict(plain=True), dict(kernel=7, keep='xy', plain=True)])
+def test_every_guess_about_mfm_is_an_argument(mfm):
+    net = made(mfm=mfm)
+    assert net.config['mfm'] == dict(kernel=1, keep='x', plain=False) | mfm
+    for k, c in ((1, 16), (2, 8), (3, 8)):
+        conv = next(m for m in net.get_submodule(f'mfm_{k}').conv if isinstance(m, nn.Conv2d))
+        assert conv.weight.shape == (c, c*(2+len(net.config['mfm']['keep'])), *2*(net.config['mfm']['kernel'],))
+        assert any(isinstance(m, nn.ReLU) for m in net.get_submodule(f'mfm_{k}').conv) != net.config['mfm']['plain']
+    for size in ((8, 8), (12, 20)): assert net(images(2, 2, *size)).shape == (2, 1, *size)
+    again = RECORD.build(**json.loads(json.dumps(net.config)))
+    assert again.config == net.config and list(again.state_dict()) == list(net.state_dict())
+    if mfm: assert (made()(images(1, 2, 16, 16))-net(images(1, 2, 16, 16))).abs().max() > 1e-4
+
+def test_a_kernel_of_three_costs_what_the_ledger_says():
+    X = torch.empty(1, 2, 256, 256, device='meta')
+    with torch.device('meta'): wide = HMFMambaINR(mfm=dict(kernel=3))
+    assert round((multiply_adds(wide, X)-102_181_408_768)/1e9) == 19
+
+@pytest.mark.parametrize('other', ['adapted', 'i2i_mamba', 'none'])
+def test_only_a_network_with_features_is_decoded(other):
+    net = dict(adapted=lambda: adapted('hmf_mambainr', Spec(sources=2), **SMALL), i2i_mamba=lambda: I2IMamba(2, base_channels=2, n_stages=1),
+        none=lambda: None)[other]()
+    X = images(1, 2, 16, 16)
+    with pytest.raises(ConfigError, match='network to decode: given .*expected an HMFMambaINR.*network'): decode(net, X, scale=2)
+    with pytest.raises(ConfigError, match='network to decode: given'): decode_at(net, X, torch.zeros(1, 3, 2))
+    if other == 'adapted': assert decode(net.network, X, scale=2).shape == (1, 1, 32, 32)
 
 @pytest.mark.parametrize('spec', [Spec(), Spec(sources=4), Spec(sources=1, noise=1, targets=2),
     Spec(sources=2, noise=1, steps=4, latent=64), Spec(sources=4, noise=4, targets=8, steps=1000)])

@@ -18,38 +18,42 @@ from torch import Tensor, nn
 from .conv import Stage, brain_slice, check_images, check_positive
 from ..core import ConfigError, ShapeError, check_choice, show_images
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #c056d566
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #89d72035
 def sinusoidal(
     t: Num[Tensor, " b"],           # numbers of time steps, whole or not
     width,                          # values per time step, even
     *,
     max_period=1e4,                 # P
+    shift=0,                        # 1: the slowest frequency is 1/P itself
 ) -> Float[Tensor, "b width"]:
     "Sines, then cosines, of each time at width/2 frequencies from 1 downwards. Raises ConfigError"
     if not isinstance(width, int) or width < 2 or width % 2:
         raise ConfigError('width of the time code', given=width, expected='an even number of at least 2', hint='One half are sines.')
-    frequency = torch.exp(-math.log(max_period)*torch.arange(width//2, device=t.device)/(width//2))
+    if shift not in (0, 1): raise ConfigError('shift of the time code', given=shift, expected='0 or 1', hint="1 is SynDiff's.")
+    k = torch.arange(width//2, device=t.device)
+    frequency = torch.exp(-math.log(max_period)*k/max(width//2-shift, 1))
     angle = t.float()[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #72b14820
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #a83002c4
 class TimeEmbedding(nn.Module):
     "Sinusoidal code of the time step, Linear, SiLU, Linear: (b,) to (b, hidden)"
     def __init__(self,
         width,              # values of the code, even
         hidden,             # values of the embedding
         *,
-        max_period=1e4,     # longest period of the code over 2 pi
+        max_period=1e4,     # P of `sinusoidal`
+        shift=0,            # 1: the slowest frequency is 1/P itself
     ):
         super().__init__()
-        self.width, self.max_period = width, max_period
+        self.width, self.max_period, self.shift = width, max_period, shift
         self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, t: Num[Tensor, " b"]) -> Float[Tensor, "b hidden"]:
-        code = sinusoidal(t, self.width, max_period=self.max_period).to(self.first.weight.dtype)
+        code = sinusoidal(t, self.width, max_period=self.max_period, shift=self.shift).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(code)))
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #f80edb2f
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #3cd2d4b4
 class ChannelWeights(nn.Module):
     "Weights in (0, 1) for every channel and pixel, from the map and from its mean (multi-scale channel attention)"
     def __init__(self,
@@ -65,7 +69,7 @@ class ChannelWeights(nn.Module):
     def forward(self, f: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return torch.sigmoid(self.local_view(f)+self.global_view(f.mean((2, 3), keepdim=True)))
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #694287c2
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #33723887
 class AttentionalFusion(nn.Module):
     "Weighted mean of two maps, the weights read from their sum"
     def __init__(self,
@@ -79,7 +83,7 @@ class AttentionalFusion(nn.Module):
         M = self.weights(X+Y)
         return M*X+(1-M)*Y
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #61c5460e
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #9268b337
 def norm_groups(
     channels,           # c
 ):
@@ -88,14 +92,14 @@ def norm_groups(
 
 def normed(channels): "Group normalisation and SiLU"; return nn.Sequential(nn.GroupNorm(norm_groups(channels), channels), nn.SiLU())
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #914016f0
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #227842ed
 class GuidedStage(Stage):
     "A Stage whose body takes further tensors beside the map: a time embedding, tokens of a condition"
     def forward(self, f: Float[Tensor, "b c h w"], *more):
         if not (self.recompute and torch.is_grad_enabled()): return self.body(f, *more)
         return torch.utils.checkpoint.checkpoint(self.body, f, *more, use_reentrant=False, preserve_rng_state=False)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #08892c75
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #31bad7d6
 class WideBottleneck(GuidedStage):
     "Bottleneck residual block 1x1, 3x3, 1x1 with 5x5 and 7x7 branches fused by attention"
     def __init__(self,
@@ -123,7 +127,7 @@ class WideBottleneck(GuidedStage):
         h = self.conv_3(h)+self.fusion(self.conv_5(h), self.conv_7(h))
         return self.join(F.avg_pool2d(f, 2) if self.stride == 2 else f)+self.expand(h)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #d67e51e2
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #e90e1987
 TISSUES = dict(white=3, grey=2, fluid=1)
 
 def tissue_masks(
@@ -138,7 +142,7 @@ def tissue_masks(
     masks = torch.cat([tissue == code for code in TISSUES.values()], 1).float()
     return masks if tumour is None else torch.cat([masks*(tumour == 0), (tumour != 0).float()], 1)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #7c4ae302
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #eec6440f
 def _bins(x, bins):
     "Lower bin and share of the upper one, for values in [-1, 1]"
     place = (x.clamp(-1, 1)+1)/2*(bins-1)
@@ -162,7 +166,7 @@ def density_curve(
     smooth = F.conv1d(rearrange(counts, 'b s k -> (b s) 1 k'), kernel[None, None], padding=reach).view_as(counts)
     return smooth/smooth.sum(2, keepdim=True).clamp(min=1e-12)*(bins-1)/2
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #4de5cc1d
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #2da2eb89
 def intensity_density(
     x: Float[Tensor, "b s h w"],        # sources in [-1, 1]
     region: Num[Tensor, "b 1 h w"],     # not 0 inside the brain
@@ -175,7 +179,7 @@ def intensity_density(
     below, above = (p.gather(2, at.flatten(2)).view_as(x) for at in (lower, lower+1))
     return (below+(above-below)*share)*(region != 0)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #daf28cab
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #4bb3c34a
 def structural_guidance(
     sources: Float[Tensor, "b s h w"],  # source images in [-1, 1]
     tissue: Num[Tensor, "b 1 h w"],     # codes 0 outside, 1 fluid, 2 grey, 3 white, from the sources
@@ -192,7 +196,7 @@ def structural_guidance(
     density = intensity_density(sources, masks.amax(1, keepdim=True), **curve)
     return torch.cat([sources, masks.to(sources), density.to(sources)], 1)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #1a2f4885
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #6d44d875
 def template_tissue(
     size=96,            # height and width, pixels
     z=45,               # axial slice number of the 2 mm template
@@ -206,7 +210,7 @@ def template_tissue(
     top, left = ((size-n)//2 if size > n else -((n-size)//2) for n in codes.shape)
     return F.pad(codes.float(), (left, size-codes.shape[1]-left, top, size-codes.shape[0]-top))[None, None]
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #390bea73
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #ef502415
 def show_guidance(
     size=96,            # height and width, pixels
 ):
@@ -214,7 +218,7 @@ def show_guidance(
     y = structural_guidance(brain_slice(size), template_tissue(size))[0]
     return show_images(list(y), ['T1', *TISSUES, 'density'], size=1.6)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #eac346a6
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #bc431cf7
 ACTIVATIONS = dict(sigmoid=torch.sigmoid, tanh=torch.tanh)
 GATES = (*ACTIVATIONS, 'none')
 
@@ -234,7 +238,7 @@ def auto_weight(
     G_hat = math.sqrt(y.shape[1])*G/(G.square().sum(1, keepdim=True)+eps).sqrt()           # Eq. 9
     return (1+S(nu*G_hat+o))[..., None, None]                                              # Eq. 10
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #1fb36562
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #41a6dc4c
 class AutoWeight(nn.Module):
     "Auto-weight adaptation: every channel of a condition times its own factor, Eq. 7. Raises ConfigError"
     def __init__(self,
@@ -251,7 +255,7 @@ class AutoWeight(nn.Module):
 
     def forward(self, y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return y*self.gate(y).to(y.dtype)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #61101755
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #2c36e1ba
 def place_code(
     h, w,               # rows and columns
     width,              # values per place
@@ -265,7 +269,7 @@ def place_code(
     code = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], 2)
     return F.pad(rearrange(code, 'h w e -> (h w) e'), (0, width-2*half))
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #59addd13
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #40e17f68
 def n_heads(
     channels,           # values per token
     head_channels=32,   # values per head
@@ -283,7 +287,7 @@ def attend(
     q, k, v = (rearrange(x, 'b n (h e) -> b h n e', h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n e -> b n (h e)')
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #45d161f2
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #c23f9645
 class TransformerBlock(Stage):
     "Self-attention and position-wise MLP, each after a LayerNorm and with a residual, on (b, n, c)"
     def __init__(self,
@@ -300,7 +304,7 @@ class TransformerBlock(Stage):
         y = y+self.out(attend(*self.qkv(self.norm(y)).chunk(3, 2), self.heads))
         return y+self.mlp(self.norm_mlp(y))
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #8ee1ee02
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #a11e2f5f
 def condition_stem(
     c_in,               # channels of the condition
     c_out,              # channels on the latent grid
@@ -312,7 +316,7 @@ def condition_stem(
     for stride in strides: layers += [nn.SiLU(), nn.Conv2d(c_out, c_out, 3, stride, 1)]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #34eee400
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #79297a0a
 class ConditionEncoder(nn.Module):
     "Conditions (b, k, f h, f w) to y (b, c, h, w) on the latent grid, weighed: Fig. 1 D and E. Raises ConfigError, ShapeError"
     def __init__(self,

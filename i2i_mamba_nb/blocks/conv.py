@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['NORMS', 'AT_TEST', 'BatchNorm', 'norm_layer', 'brain_slice', 'show_norms', 'conv_stage', 'up_stage', 'out_stage',
            'ResidualBlock', 'frozen_statistics', 'Stage', 'ResidualCNN', 'activation_checkpointing', 'check_images',
-           'check_further', 'check_positive', 'building', 'multiply_adds']
+           'check_further', 'check_positive', 'building']
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #92d19268
+# %% ../../nbs/4_blocks/40_conv.ipynb #e4b7af76
 import contextlib
 from inspect import signature
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core import ConfigError, ShapeError, check_choice, show_images
-from ..ssm.dispatch import scan_op
 
 # %% ../../nbs/4_blocks/40_conv.ipynb #82c52557
 NORMS = ('batch', 'instance')
@@ -228,19 +227,3 @@ def building(
                 expected=', '.join(lacking)+' too', hint='Add what is missing.')
         return network(**config)
     return build
-
-# %% ../../nbs/4_blocks/40_conv.ipynb #abb0e553
-def _scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs):
-    "FLOPs of one selective scan: 9 B L D N for the recurrence, 2 B L D for its ends"
-    (b, d, length), n = u_shape, A_shape[-1]
-    return b*length*d*(9*n+2)
-
-def multiply_adds(
-    network,            # any module; parameters may be on the meta device
-    *inputs,            # its inputs, on the same device
-):
-    "Multiply-adds of one forward pass, scans included. One multiply-add is two FLOPs"
-    from torch.utils.flop_counter import FlopCounterMode
-    scan = {scan_op.overloadpacket: _scan_flops}
-    with FlopCounterMode(display=False, custom_mapping=scan) as counter, torch.no_grad(): network(*inputs)
-    return counter.get_total_flops()//2

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['PHASES', 'MIXERS', 'GATES', 'WEIGHTS', 'phases', 'from_phases', 'scan_phases', 'PhaseScan', 'ChannelGate',
            'far_branch', 'near_branch', 'EVSSBlock', 'normed', 'PlainResidual', 'Mixture', 'weigh', 'up_head',
-           'partners', 'partner_images', 'check_partners', 'AttentionDecoder', 'show_mixture', 'contrast_swapped',
-           'learnt_mixture']
+           'check_extra', 'partners', 'partner_images', 'check_partners', 'AttentionDecoder', 'show_mixture',
+           'contrast_swapped', 'learnt_mixture']
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #dd40326a
+# %% ../../nbs/4_blocks/44_evss.ipynb #15ba1177
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .cmmamba import ConvMixer, TokenNorm, count
 from .conv import BatchNorm, Stage, check_positive
-from ..core import ShapeError, check_choice
+from ..core import ConfigError, ShapeError, check_choice
 from ..ssm import selective_scan
 from ..ssm.mixers import ES2D, SS2D, decay_rates, depthwise, lin_two
 
@@ -207,21 +207,35 @@ def up_head(
     return nn.Sequential(*normed(nn.ConvTranspose2d(c, c//2, **up)), *normed(nn.ConvTranspose2d(c//2, c//4, **up)), *pad,
         nn.Conv2d(c//4, n_out, kernel))
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #1b4ce87a
+# %% ../../nbs/4_blocks/44_evss.ipynb #6de93cc1
+def check_extra(
+    n_sources,          # channels at hand
+    n_noise,            # noisy images behind them
+    n_extra,            # those of the channels at hand, the last ones, that are no images
+):
+    "Raise ConfigError unless n_extra is a whole number that leaves an image"
+    most = n_sources-(n_noise == 0)
+    if isinstance(n_extra, int) and not isinstance(n_extra, bool) and 0 <= n_extra <= most: return
+    raise ConfigError('n_extra', given=repr(n_extra), expected=f'a whole number from 0 to {most}',
+        hint='It counts the last sources that are no images, such as a map of the time.')
+
 def partners(
-    n_sources,          # images at hand
+    n_sources,          # channels at hand, those that are no images included
     n_noise,            # noisy images, in the last channels
     n_targets,          # images out
+    n_extra=0,          # the last ones at hand that are no images: a map of the time, empty channels
 ):
-    "Input channels whose mean stands beside each output, a tuple per output"
-    noisy, every = min(n_noise, n_targets), tuple(range(n_sources))
+    "Input channels whose mean stands beside each output, a tuple per output. Raises ConfigError"
+    check_extra(n_sources, n_noise, n_extra)
+    sources, noisy, behind = n_sources-n_extra, min(n_noise, n_targets), n_sources+n_noise
     first = n_targets-noisy
-    own = n_noise > 0 or first == n_sources
-    return (*((k,) if own and k < n_sources else every for k in range(first)), *((n_sources+n_noise-noisy+k,) for k in range(noisy)))
+    own = n_noise > 0 or first == sources
+    every = tuple(range(sources)) or tuple(range(n_sources, behind))
+    return (*((k,) if own and k < sources else every for k in range(first)), *((k,) for k in range(behind-noisy, behind)))
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #1f693727
+# %% ../../nbs/4_blocks/44_evss.ipynb #4262b3d1
 def partner_images(
-    x: Float[Tensor, "b i h w"],    # sources, then noisy images
+    x: Float[Tensor, "b i h w"],    # sources, channels that are no images, noisy images
     chosen,                         # result of `partners`
 ) -> Float[Tensor, "b o h w"]:
     "One image per output out of the input"
