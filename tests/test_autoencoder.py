@@ -29,6 +29,7 @@ def build(seed=0, **config):
     return Autoencoder(**SMALL | config)
 
 def images(b, c, h, w, seed=0): return torch.rand(b, c, h, w, generator=torch_rng(seed, 'images'))*2-1
+def decibels(x, y): return psnr(x, y, data_range=2)
 def count(net): return sum(p.numel() for p in net.parameters())
 
 def in_diffusers(name):
@@ -50,23 +51,32 @@ def in_diffusers(name):
     if rest[0] in '01': return [f'{home}.{"down" if side == "encoder" else "up"}samplers.0.conv.{rest[1]}']
     return ['.'.join([home, 'resnets', i, *rest]).replace('shortcut', 'conv_shortcut')]
 
-CONFIGS = [{}, dict(f=8, n_blocks=2), dict(f=2, n_channels=3), dict(latent_channels=3, base_channels=32, n_blocks=2)]
+CONFIGS = [{}, dict(f=8, n_blocks=2), dict(f=2, n_channels=3), dict(latent_channels=3, base_channels=32, n_blocks=2),
+    dict(base_channels=64), dict(base_channels=96, f=2)]
+
+def test_groups():
+    groups = {c: group_norm(c).num_groups for c in (3, 4, 8, 12, 16, 32, 48, 64, 96, 128, 256, 512)}
+    assert groups == {3: 1, 4: 1, 8: 2, 12: 3, 16: 4, 32: 32, 48: 12, 64: 32, 96: 32, 128: 32, 256: 32, 512: 32}
+    with torch.device('meta'): assert {m.num_groups for m in Autoencoder().modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+    assert group_norm(64).eps == 1e-6
 
 @pytest.mark.parametrize('config', CONFIGS, ids=str)
 def test_equals_diffusers_layer_for_layer(config):
     AutoencoderKL = pytest.importorskip('diffusers').AutoencoderKL
     ours = build(**config).eval()
     c, widths = ours.config, [block[0].conv1.out_channels for n, block in ours.encoder.named_children() if n.startswith('level')]
+    whole = all(w % 32 == 0 for w in widths)         # then diffusers' own 32 groups stay as they are
     kinds = dict(down_block_types=['DownEncoderBlock2D']*len(widths), up_block_types=['UpDecoderBlock2D']*len(widths))
     theirs = AutoencoderKL(in_channels=c['n_channels'], out_channels=c['n_channels'], layers_per_block=c['n_blocks'],
-        block_out_channels=widths, latent_channels=c['latent_channels'], **kinds, norm_num_groups=group_norm(widths[0]).num_groups).eval()
+        block_out_channels=widths, latent_channels=c['latent_channels'], **kinds, norm_num_groups=32 if whole else 1).eval()
     state = {}
     for name, p in ours.state_dict().items():
         names = in_diffusers(name)
         for n, part in zip(names, p.chunk(len(names)), strict=True):
             state[n] = part.flatten(1) if 'to_' in n and p.ndim == 4 else part
     for module in theirs.modules():
-        if isinstance(module, torch.nn.GroupNorm): module.num_groups = group_norm(module.num_channels).num_groups
+        if isinstance(module, torch.nn.GroupNorm) and not whole: module.num_groups = group_norm(module.num_channels).num_groups
+    assert all(m.num_groups == 32 for m in ours.modules() if isinstance(m, torch.nn.GroupNorm)) == whole
     theirs.load_state_dict(state)
     x = images(2, c['n_channels'], 24, 40)
     with torch.no_grad():
@@ -205,7 +215,7 @@ def test_scale_factor_refuses_what_has_none():
 
 def test_bound_equals_the_metric_of_each_reconstruction():
     net, x = build(n_channels=2), images(3, 2, 16, 24)
-    bound = reconstruction_bound(net, x)
+    bound = reconstruction_bound(net, x, decibels)
     assert bound.values.shape == (3, 2) and bound.reconstruction.shape == x.shape and not bound.reconstruction.requires_grad
     for i, c in itertools.product(range(3), range(2)):
         assert float(bound.values[i, c]) == pytest.approx(psnr(x[i, c], bound.reconstruction[i, c], data_range=2), abs=1e-3)
@@ -215,19 +225,19 @@ def test_bound_equals_the_metric_of_each_reconstruction():
 def test_bound_of_a_perfect_autoencoder_is_infinite():
     class Perfect(torch.nn.Module):
         def forward(self, x): return x.clone()
-    assert reconstruction_bound(Perfect(), images(2, 1, 8, 8)).values.isinf().all()
+    assert reconstruction_bound(Perfect(), images(2, 1, 8, 8), decibels).values.isinf().all()
 
 def test_measuring_changes_nothing_in_the_network():
     net, x = build().train(), images(2, 1, 16, 16)
     before = {n: v.clone() for n, v in net.state_dict().items()}
-    reconstruction_bound(net, x), latent_statistics(net, [x])
+    reconstruction_bound(net, x, decibels), latent_statistics(net, [x])
     assert net.training and all(torch.equal(v, before[n]) for n, v in net.state_dict().items()) and torch.is_grad_enabled()
 
 def test_a_few_steps_raise_the_bound():
     net, x = build(), torch.cat([brain_slice(48, z) for z in (40, 50)])
-    adam, first = torch.optim.Adam(net.parameters(), 5e-3), reconstruction_bound(net, x).values.mean()
+    adam, first = torch.optim.Adam(net.parameters(), 5e-3), reconstruction_bound(net, x, decibels).values.mean()
     for _ in range(40): adam.zero_grad(), (net.decode(sample(net.encode(x), torch_rng(0)))-x).square().mean().backward(), adam.step()
-    assert reconstruction_bound(net, x).values.mean() > first+5
+    assert reconstruction_bound(net, x, decibels).values.mean() > first+5
 
 def test_weights_round_trip(tmp_path):
     net, x = build(), images(1, 1, 16, 16)
@@ -248,15 +258,18 @@ def test_switches_change_names_or_shapes_and_output():
     record, x = network('autoencoder'), images(1, 1, 16, 32)
     assert record.kind == 'autoencoder' and {'f2', 'f8', 'no_attention'} <= set(record.ablations)
     plain = build()
-    for switch in record.ablations.values():
+    assert set(record.ablations) == {'f2', 'f8', 'no_attention', 'latent_3'}
+    for name, switch in record.ablations.items():
         other = build(**switch)
+        if name == 'no_attention': assert {n for n, _ in other.named_parameters()} < {n for n, _ in plain.named_parameters()}
         assert {n: p.shape for n, p in other.named_parameters()} != {n: p.shape for n, p in plain.named_parameters()}
         assert not torch.allclose(other(x), plain(x))
     assert not any('attention' in n for n, _ in build(attention=False).named_parameters())
 
 def test_errors_say_what_to_do():
     for wrong, said in [(dict(f=1), '2, 4 or 8'), (dict(f=3), '2, 4 or 8'), (dict(f=True), 'whole number'), (dict(f='4'), 'whole'),
-            (dict(latent_channels=0), 'latent_channels of'), (dict(n_channels=-1), 'n_channels'), (dict(n_blocks=1.5), 'n_blocks')]:
+            (dict(latent_channels=0), 'latent_channels of'), (dict(n_channels=-1), 'n_channels'), (dict(n_blocks=1.5), 'n_blocks'),
+            (dict(attention='no'), "attention of Autoencoder.*'no'.*True or False"), (dict(attention=1), 'attention'), (dict(attention=None), 'attention')]:
         with pytest.raises(ConfigError, match=said): Autoencoder(**wrong)
     with pytest.raises(ConfigError, match="Did you mean 'latent_channels'"): network('autoencoder').build(latent_chanels=3)
     net = build(f=8)
@@ -266,3 +279,13 @@ def test_errors_say_what_to_do():
         for call in (net, net.encode):
             with pytest.raises(ShapeError, match=said): call(wrong)
     with pytest.raises(ShapeError, match='the decoder of Autoencoder.*expected 4 channels'): net.decode(torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ShapeError, match='the decoder of Autoencoder.*floating'): net.decode(torch.zeros(1, 4, 2, 2).long())
+
+def test_the_chapter_has_no_eaten_backslashes():
+    "Control characters where a formula had a backslash show as nothing"
+    import json
+    from pathlib import Path
+    for name in ('4_blocks/46_wavelet', '4_blocks/47_conditioning', '5_models/54_cola_diff', '5_models/57_autoencoder'):
+        cells = json.loads((Path(__file__).parents[1]/'nbs'/f'{name}.ipynb').read_text())['cells']
+        text = ''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        assert not [ch for ch in text if ord(ch) < 32 and ch != '\n'] and '\\\\alpha' not in text, name

@@ -12,7 +12,7 @@ from torch import nn
 
 from i2i_mamba_nb.blocks import conditioning as cond
 from i2i_mamba_nb.blocks.wavelet import CooperativeFilter
-from i2i_mamba_nb.core import ConfigError, Inputs, ShapeError, Spec, network
+from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
 from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.models import cola_diff as cola
 from i2i_mamba_nb.models.cola_diff import CoLaDiff
@@ -214,8 +214,50 @@ def test_density_is_one_image_at_a_time_inside_the_region_only():
     outside = torch.where(region == 0, torch.ones(()), x)
     assert torch.equal(cond.intensity_density(outside, region), d)
     assert cond.intensity_density(x, 0*region).abs().max() == 0
-    assert cond.intensity_density(5*x, region).isfinite().all()
+    torch.testing.assert_close(cond.intensity_density(1.005*x.sign(), region), cond.intensity_density(x.sign(), region))
     torch.testing.assert_close(cond.density_curve(x, region).sum(2)*2/63, torch.ones(3, 2))
+
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float16])
+def test_density_is_computed_in_full_precision(low):
+    x, region = (torch.rand(1, 2, 96, 96, generator=rng())*2-1).to(low), torch.randint(0, 4, (1, 1, 96, 96), generator=rng(1))
+    curve, d = cond.density_curve(x, region), cond.intensity_density(x, region)
+    assert curve.dtype == d.dtype == torch.float32
+    torch.testing.assert_close(curve, cond.density_curve(x.float(), region)), torch.testing.assert_close(d, cond.intensity_density(x.float(), region))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(cond.density_curve(x.float(), region), curve) and torch.equal(cond.intensity_density(x.float(), region), d)
+        assert cond.structural_guidance(x, region).dtype == low
+    assert cond.density_curve(x.double(), region).dtype == torch.float64
+
+def test_density_refuses_what_it_cannot_count():
+    x, region = torch.rand(1, 1, 6, 5, generator=rng())*2-1, torch.ones(1, 1, 6, 5)
+    for bad in (math.nan, math.inf, -math.inf, 1.02, -1.02):
+        y = x.clone()
+        y[0, 0, 2, 3] = bad
+        for call in (cond.density_curve, cond.intensity_density, cond.structural_guidance):
+            with pytest.raises(ShapeError, match=r'sources of the density.*floating values in \[-1, 1\]'): call(y, region)
+    with pytest.raises(ShapeError, match='floating'): cond.density_curve((x > 0).long(), region)
+    for bad, said in [(dict(bins=1), 'bins of the density.*at least 2'), (dict(bins=8.), 'bins'), (dict(bins=True), 'bins'),
+            (dict(width=0), 'width of the density.*above 0'), (dict(width=-1.), 'width'), (dict(width=math.nan), 'width'),
+            (dict(width=math.inf), 'width'), (dict(width='1'), 'width')]:
+        with pytest.raises(ConfigError, match=said): cond.density_curve(x, region, **bad)
+
+def test_masks_of_two_sizes_are_refused():
+    tissue = torch.ones(2, 1, 6, 5)
+    for bad in (tissue[:1], tissue[..., :4], tissue[:, :, :1], tissue[:, 0]):
+        with pytest.raises(ShapeError, match='tumour mask.*that of the tissue codes'): cond.tissue_masks(tissue, bad)
+
+def test_wide_bottleneck_knows_two_strides():
+    for bad in (0, 3, 4, 1.5, None):
+        with pytest.raises(ConfigError, match='stride of WideBottleneck.*1 or 2'): cond.WideBottleneck(8, 8, stride=bad)
+
+@pytest.mark.parametrize('least, expected', [(4, {1: 1, 7: 1, 8: 2, 12: 3, 32: 8, 48: 12, 64: 16, 128: 32, 160: 32, 512: 32}),
+    (1, {1: 1, 7: 7, 32: 32, 48: 24, 64: 32, 96: 32, 128: 32})])
+def test_groups_of_a_normalisation(least, expected):
+    assert {c: cond.norm_groups(c, least) for c in expected} == expected
+    for c in range(1, 300):
+        g = cond.norm_groups(c, least)
+        assert c % g == 0 and g <= 32 and (c//g >= least or g == 1)
+        assert not any(c % n == 0 and c//n >= least for n in range(g+1, 33))
 
 def test_guidance_order_and_where_it_comes_from():
     sources, tissue = torch.rand(2, 3, 8, 6, generator=rng())*2-1, torch.randint(0, 4, (2, 1, 8, 6), generator=rng(1))
@@ -479,17 +521,71 @@ def test_filter_options_reach_the_filters():
     with pytest.raises(ConfigError, match="Did you mean 'levels'"): build(filtering=dict(levls=2))
     assert list(build(filtering={}).state_dict()) == list(build().state_dict())
 
+def place_by_hand(at, width):
+    "Code of one place (row, column), with loops"
+    half = width//4*2
+    code = [wave(n*1e4**(-k/(half//2))) for n in at for wave in (math.sin, math.cos) for k in range(half//2)]
+    return code+[0.]*(width-2*half)
+
 @pytest.mark.parametrize('context', [0, 6])
 def test_grid_attention_by_its_equations(context):
     torch.manual_seed(0)
-    look, f, y = cola.GridAttention(64, context), torch.randn(2, 64, 3, 5), torch.randn(2, 6, 7)
+    look, f, y = cola.GridAttention(64, context), torch.randn(2, 64, 3, 5), torch.randn(2, 6, 12, 20)
     def attend(q, k, v):
         parts = [(q[:, s].mT@k[:, s]/math.sqrt(32)).softmax(-1)@v[:, s].mT for s in (slice(32), slice(32, 64))]
         return torch.cat(parts, 2).mT
     z = f.flatten(2)
     z = z+look.out(attend(*look.qkv(look.norm(z)).chunk(3, 1)))
-    if context: z = z+look.cross_out(attend(look.cross_q(look.cross_norm(z)), *look.cross_kv(y).chunk(2, 1)))
+    if context:
+        with torch.no_grad(): look.cross_places.copy_(torch.tensor([.7, .4]))
+        asking = torch.tensor([place_by_hand((4*i+1.5, 4*j+1.5), 64) for i, j in itertools.product(range(3), range(5))]).T
+        asked = torch.tensor([place_by_hand(at, 6) for at in itertools.product(range(12), range(20))]).T
+        k, v = look.cross_kv(y.flatten(2)+.4*asked).chunk(2, 1)
+        z = z+look.cross_out(attend(look.cross_q(look.cross_norm(z)+.7*asking), k, v))
     torch.testing.assert_close(look(f, y) if context else look(f), z.view_as(f), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('n_transformers', [0, 1])
+def test_cross_attention_knows_where_the_condition_lies(n_transformers):
+    net = build(conditioning='cross', n_transformers=n_transformers).double().eval()
+    x, t, b = (v.double() if v.is_floating_point() else v for v in given(net))
+    with torch.no_grad():
+        y = net.encode(b)
+        out = net.denoise(x, t, y)
+        for other in (y.flip(3), y.flip(2), y.roll(1, 3)): assert (net.denoise(x, t, other)-out).abs().max() > 1e-6
+        for m in net.modules():
+            if isinstance(m, cola.GridAttention): m.cross_places.zero_()
+        torch.testing.assert_close(net.denoise(x, t, y.flip(3)), net.denoise(x, t, y))
+
+def test_cross_places_learn():
+    net = build(conditioning='cross')
+    net(*given(net)).square().sum().backward()
+    grads = [m.cross_places.grad for m in net.modules() if isinstance(m, cola.GridAttention)]
+    assert len(grads) == 4 and all((g != 0).all() for g in grads)
+
+@pytest.mark.parametrize('side, at_rest', [(64, {'A': 2}), (128, {})])
+def test_four_levels_on_small_images(side, at_rest):
+    "At 64 pixels the deepest skips are 2 x 2: the thresholds of A rest there, all others learn, the output is finite"
+    net = build(1, multipliers=[1, 2, 2, 4], attention_at=[2, 4, 8], factor=4, base_channels=4, filtering=dict(threshold=.01))
+    out = net(*given(net, (side//4, side//4)))
+    out.square().sum().backward()
+    resting = [(k, band) for k, f in enumerate(net.unet.filters) for band in 'AHVD' if (getattr(f, f'raw_{band}').grad == 0).any()]
+    assert out.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    n = len(net.unet.filters)
+    assert resting == [(n-k, band) for band, count in at_rest.items() for k in range(count, 0, -1)]
+    assert all((net.unet.filters[k].raw_A.grad == 0).all() for k, _ in resting)
+
+def test_denoise_and_encode_say_what_lacks():
+    net = build()
+    x, t, b = given(net)
+    y = net.encode(b)
+    for bad in (None, y[:1], y[:, 1:], y[..., :-1], b):
+        with pytest.raises(ShapeError, match='encoded condition for CoLaDiff'): net.denoise(x, t, bad)
+    with pytest.raises(ShapeError, match='time for CoLaDiff'): net.denoise(x, None, y)
+    for call in (lambda: net.denoise(x.long(), t, y), lambda: net(x.long(), t, b)):
+        with pytest.raises(ShapeError, match='images for CoLaDiff.*floating'): call()
+    alone = CoLaDiff(**TINY | dict(n_sources=0, conditioning='in_x', factor=1, guidance='none'))
+    assert alone.denoise(x, t).shape == alone(x, t).shape == (2, 8, 16, 24)
+    with pytest.raises(ConfigError, match='no sources'): alone.encode(b)
 
 # switches -----------------------------------------------------------------------------------------------------------------------------
 
@@ -512,7 +608,7 @@ def test_switches(name):
     switch = network('cola_diff').ablations[name]
     net, full = build(**switch), build()
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (net, full)]
-    assert shapes[0] != shapes[1] and STAND_INS[name](net)
+    assert shapes[0].keys() != shapes[1].keys() and STAND_INS[name](net)
     for m in (net, full):
         with torch.no_grad(): [p.copy_(.01*(1+torch.arange(p.numel()).view_as(p) % 7)) for p in m.parameters()]
     x, t, b = given(full)
@@ -539,7 +635,10 @@ def test_section_puts_the_wide_block_everywhere_on_the_way_down():
     (dict(n_targets=0), 'n_targets'), (dict(n_noise=0), 'n_noise'), (dict(n_sources=0), 'n_sources'), (dict(n_blocks=0), 'n_blocks'),
     (dict(multipliers=[]), 'levels'), (dict(multipliers=[1, 0], attention_at=[]), 'multiplier 2'),
     (dict(n_transformers=-1), 'n_transformers'),
-    (dict(filtering='on'), 'filtering'), (dict(conditioning='in_x'), 'factor=1'), (dict(base_channels=2.5), 'base_channels'),
+    (dict(filtering='on'), 'filtering'), (dict(filtering=dict(channels=3)), "'channels' among its options"), (dict(attention_at=2), 'a list'),
+    (dict(multipliers=2), 'a list'), (dict(multipliers='12'), 'a list'), (dict(attention_at='24'), 'a list'),
+    (dict(attention_at=[[2]]), r'some of \[1, 2\]'), (dict(multipliers=[1, 1, 1, 1, 1]), 'at most four levels'),
+    (dict(filtering=dict(stride=0)), 'stride of block matching'), (dict(filtering=dict(matching='off')), 'True or False'), (dict(conditioning='in_x'), 'factor=1'), (dict(base_channels=2.5), 'base_channels'),
     (dict(n_sources=True), 'n_sources'),
     (dict(conditioning='in_x', factor=1, n_sources=0, n_noise=0), 'at least one channel')])
 def test_impossible_settings(wrong, said):
@@ -581,14 +680,40 @@ def test_conditions_inside_x_are_the_conditions_beside_it():
     x, t, b = given(beside)
     with torch.no_grad(): assert torch.equal(inside(torch.cat([b, x], 1), t), beside(x, t, b))
 
-SMALL_PIXEL = {**TINY, **dict(n_sources=2, n_targets=1, n_noise=1, factor=1, conditioning='in_x', guidance='none')}
-PIXEL = dataclasses.replace(network('cola_diff'), smallest=SMALL_PIXEL, inputs=Inputs(channels=lambda config: 3, multiple=8, smallest=8,
-    shape=lambda config, size: (1, *size), further=dict(time=cola.example_time)))
+SMALL_PIXEL = {**TINY, **network('cola_diff').fits(Spec(2, 1, 1, 4)), 'attention_at': [2]}
+PIXEL = dataclasses.replace(network('cola_diff'), smallest=SMALL_PIXEL)
+
+@pytest.mark.parametrize('spec', SPECS, ids=str)
+def test_record_describes_every_configuration_it_gives(spec):
+    record = network('cola_diff')
+    config = dict(base_channels=8, n_blocks=1, n_transformers=1) | record.fits(spec)
+    net = record.build(**config)
+    assert record.inputs.channels(config) == spec.sources+spec.noise and record.inputs.channels(net.config) == spec.sources+spec.noise
+    x = torch.randn(2, record.inputs.channels(config), 16, 24, generator=rng())
+    more = [make(config, 2, (16, 24), rng()) for make in record.inputs.further.values()]
+    assert net(x, *more).shape == (2, *record.inputs.shape(config, (16, 24))) and torch.equal(net(x, *more), net(x, more[0]))
+
+@pytest.mark.parametrize('conditioning, guidance', [('concat', 'tissue'), ('cross', 'tumour'), ('in_x', 'tissue'), ('in_x', 'none')])
+def test_record_follows_the_switches(conditioning, guidance):
+    record, config = network('cola_diff'), TINY | dict(n_sources=2, conditioning=conditioning, guidance=guidance, factor=1, n_noise=3)
+    more = [make(config, 2, (16, 24), rng()) for make in record.inputs.further.values()]
+    x = torch.randn(2, record.inputs.channels(config), 16, 24, generator=rng())
+    assert record.build(**config)(x, *more).shape == (2, 8, 16, 24)
 
 @pytest.mark.parametrize('check', ['test_02_right_shape_and_dtype_on_two_odd_sizes', 'test_04_every_parameter_learns',
     'test_05_overfits_one_pair', 'test_08_config_json_round_trip', 'test_10_bf16_and_recomputed_activations_agree',
-    'test_11_illegal_input_is_refused_in_words', 'test_12_torch_export_equals_eager'])
+    'test_12_torch_export_equals_eager'])
 def test_common_checks_in_pixels(check): getattr(common, check)(PIXEL, PIXEL.smallest)
+
+def test_illegal_input_in_pixels():
+    "Without the condition, which may be left out here and so is legal as None"
+    further = {k: v for k, v in PIXEL.inputs.further.items() if k == 'time'}
+    record = dataclasses.replace(PIXEL, inputs=dataclasses.replace(PIXEL.inputs, further=further))
+    common.test_11_illegal_input_is_refused_in_words(record, record.smallest)
+    net, (x, t, nothing) = common.build(PIXEL, SMALL_PIXEL), common.inputs(PIXEL, SMALL_PIXEL)
+    assert nothing.shape[1] == 0
+    for bad in (torch.cat([nothing, nothing]), nothing[..., 1:], x, 'text', 0):
+        with pytest.raises(ShapeError, match='condition for CoLaDiff'): net(x, t, bad)
 
 def test_batch_and_repetition_in_pixels():
     common.test_06_deterministic_and_independent_of_the_batch(PIXEL, PIXEL.smallest, 'batch_statistics')

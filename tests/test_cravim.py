@@ -137,6 +137,49 @@ def test_phase_scan_equals_es2d(step, backend):
         for a, b in zip(*both, strict=True): torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
     assert trace(fast, x.float().double()).delta.shape[1] == step*step
 
+def zeros_scanned(m, u):
+    "The released scan of (b, d, h, w): zeros to the right and below up to even sides, four phases, cut back"
+    h, w = u.shape[2:]
+    u = F.pad(u, (0, w % 2, 0, h % 2))
+    out = torch.zeros_like(u)
+    r, n, d = m.dt_rank, m.d_state, u.shape[1]
+    for k, (i, j) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        part = u[:, :, i::2, j::2]
+        part = part.transpose(2, 3) if k % 2 else part
+        seq, own = part.flatten(2), slice(d*k, d*k+d)
+        dt, B, C = (m.x_proj_weight[k] @ seq).split([r, n, n], 1)
+        y = selective_scan(seq, m.dt_projs_weight[k] @ dt, -m.A_logs[own].exp(), B, C, m.Ds[own], delta_bias=m.dt_projs_bias[k],
+            delta_softplus=True, backend='reference').unflatten(2, part.shape[2:])
+        out[:, :, i::2, j::2] = y.transpose(2, 3) if k % 2 else y
+    return out[:, :, :h, :w]
+
+def mixed_by(m, x, scan):
+    "A phase scan's layers around a scan of (b, d, h, w)"
+    v, z = F.linear(x.permute(0, 2, 3, 1), m.in_proj.weight).chunk(2, -1)
+    y = scan(m, F.silu(m.conv2d(v.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+    y = F.layer_norm(y, y.shape[-1:], m.out_norm.weight, m.out_norm.bias)*F.silu(z)
+    return F.linear(y, m.out_proj.weight).permute(0, 3, 1, 2)
+
+@pytest.mark.parametrize('h, w', [(6, 8), (5, 8), (6, 7), (5, 7), (17, 17), (1, 6), (3, 1)])
+def test_odd_maps_are_filled_up_as_released(h, w):
+    torch.manual_seed(14)
+    plain, padded = PhaseScan(6, d_state=5).double(), PhaseScan(6, d_state=5, padded=True).double()
+    padded.load_state_dict(plain.state_dict())
+    x = rand(2, 6, h, w).double().requires_grad_()
+    wanted = mixed_by(padded, x, zeros_scanned)
+    torch.testing.assert_close(padded(x), wanted, atol=1e-12, rtol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), [x, *padded.parameters()]) for y in (padded(x), wanted)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    if h % 2 == w % 2 == 0: assert torch.equal(padded(x), plain(x))
+    elif h > 3: assert (padded(x)-plain(x)).abs().max() > 1e-5
+    order = trace(padded, x.float().double()).order
+    assert order.shape == (4, -(-h//2)*-(-w//2)) and (order >= 0).all()
+
+def test_only_the_released_variant_fills_up():
+    for variant in ('paper', 'released'):
+        net = CRAViM(1, variant, **SMALL)
+        assert [b.scan.padded for b in (net.trunk.evss_1, net.trunk.evss_2)] == [variant == 'released']*2
+
 def test_phases_and_back_on_many_sizes():
     for h, w, step in itertools.product(range(1, 8), range(1, 8), (1, 2, 3)):
         order, x = skip_orders(h, w, step, PHASES), rand(1, h*w, 2, seed=h*10+w)
@@ -164,7 +207,7 @@ def evss_by_hand(m, x):
     near = F.conv2d(x1, b[0].weight, b[0].bias, padding=1, groups=x.shape[1])
     near = F.batch_norm(near, b[1].running_mean, b[1].running_var, b[1].weight, b[1].bias)
     near = F.conv2d(F.gelu(near), b[3].weight, b[3].bias)
-    far = ES2D.forward(m.scan, x1)
+    far = mixed_by(m.scan, x1, zeros_scanned) if m.scan.padded else ES2D.forward(m.scan, x1)
     x2 = x+(gate(x1)*(far+near) if m.listens == 'input' else gate(far)*far+gate(near)*near)
     t = ln(x2, m.norm_mlp).permute(0, 2, 3, 1)
     return x2+F.linear(F.gelu(F.linear(t, m.mlp[0].weight, m.mlp[0].bias)), m.mlp[2].weight, m.mlp[2].bias).permute(0, 3, 1, 2)
@@ -234,11 +277,58 @@ def test_outputs_and_inputs_that_belong_together():
     torch.testing.assert_close(partner_images(x, ((0, 1, 2), (3,))), torch.stack([x[:, :3].mean(1), x[:, 3]], 1))
     assert partner_images(x, partners(3, 1, 4)) is x
 
+def test_channels_that_are_no_images_are_not_mixed():
+    for s, e, n, t in itertools.product(range(1, 5), range(5), range(4), range(1, 5)):
+        if e > s-(n == 0):
+            with pytest.raises(ConfigError, match='n_extra'): partners(s, n, t, e)
+            continue
+        found = partners(s, n, t, e)
+        assert len(found) == t and not {k for p in found for k in p} & set(range(s-e, s)) and all(found)
+        if e < s: assert found == tuple(tuple(k+e*(k >= s-e) for k in p) for p in partners(s-e, n, t))
+    for wrong in (-1, .5, True, None):
+        with pytest.raises(ConfigError, match='n_extra'): partners(2, 1, 1, wrong)
+
+@pytest.mark.parametrize('spec', [Spec(s, n, t, steps=k)
+    for s, n, t, k in itertools.product((0, 1, 2, 3), (0, 1, 2, 4), (1, 2, 3), (0, 4)) if s+n], ids=str)
+def test_no_time_map_stands_as_an_image_under_any_recipe(spec):
+    torch.manual_seed(15)
+    net = CRAViM(**fits(spec), **SMALL).eval()
+    n = net.config['n_sources']
+    x = rand(1, n+spec.noise, 8, 12)
+    x[:, spec.sources:n] = 1e3
+    m = net.mixture(x)
+    assert m.terms.shape[2] == spec.targets and n-spec.sources == max(1-spec.sources, bool(spec.steps))
+    assert (m.terms[:, -1]/m.maps[:, -1:]).abs().max() < 10
+
+def test_a_map_of_the_time_that_varies_is_heard_and_a_flat_one_is_not():
+    torch.manual_seed(16)
+    net, x = CRAViM(**fits(Spec(1, 0, 1, steps=4)), **SMALL).eval(), rand(1, 1, 16, 24)
+    flat, ramp = torch.ones_like(x), torch.linspace(-1, 1, 24).expand_as(x)
+    a, b, c, d = (net(torch.cat([x, m], 1)) for m in (flat, -flat, ramp, -ramp))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert (c-d).abs().max() > 1e-2
+
+@pytest.mark.parametrize('build, said', [
+    (lambda: AttentionDecoder(6), 'divisible by 4'), (lambda: AttentionDecoder(2), 'at least 4'),
+    (lambda: AttentionDecoder(16, n_spare=-1), 'n_spare'),
+    (lambda: AttentionDecoder(16, input_term='no'), 'True or False'), (lambda: AttentionDecoder(16, n_maps='5'), 'n_maps'),
+    (lambda: AttentionDecoder(16, 0), 'n_images'), (lambda: EVSSBlock(8, d_state=0), 'd_state'),
+    (lambda: EVSSBlock(8, d_state=1.5), 'd_state'),
+    (lambda: EVSSBlock(8, step=0), 'step'), (lambda: EVSSBlock(8, mixer='none', d_state=0), 'd_state'), (lambda: EVSSBlock(0), 'channels'),
+    (lambda: EVSSBlock(8, gate=None), 'gate'), (lambda: PhaseScan(8, d_state=0), 'd_state'), (lambda: PhaseScan(0), 'd_model'),
+    (lambda: CRAViM(n_extra=2), 'n_extra'), (lambda: CRAViM(n_extra=-1), 'n_extra'), (lambda: CRAViM(n_noise=0, n_extra=1), 'n_extra')])
+def test_settings_are_refused_in_words(build, said):
+    with pytest.raises(ConfigError, match=said): build()
+
+def test_empty_batches_are_refused_in_words():
+    for switch in ({}, dict(mixer='none'), dict(trunk='residual', decoder='plain')):
+        with pytest.raises(ShapeError, match='empty batch'): CRAViM(**SMALL, **switch)(torch.zeros(0, 2, 16, 16))
+
 def test_wrong_images_are_refused():
     m, f = AttentionDecoder(16), rand(1, 16, 3, 5)
     for shape in ((1, 1, 12, 20), (1, 2, 12, 16), (2, 2, 12, 20)):
         with pytest.raises(ShapeError, match='images of the attention decoder'): m(f, torch.zeros(shape))
-    with pytest.raises(ConfigError, match='contents_used'): AttentionDecoder(16, n_maps=1)
+    with pytest.raises(ConfigError, match='n_maps'): AttentionDecoder(16, n_maps=1)
     with pytest.raises(ConfigError, match="Did you mean 'softmax'"): AttentionDecoder(16, weights='soft')
 
 def test_weights_of_one_variant_do_not_load_into_the_other():
@@ -271,7 +361,7 @@ def by_hand(net, x):
     return sum(a[:, i:i+1]*contents[:, 2*i:2*i+2] for i in range(4))+a[:, 4:]*x
 
 @pytest.mark.parametrize('variant', ['paper', 'released'])
-@pytest.mark.parametrize('size', [(16, 16), (20, 28), (8, 44)])
+@pytest.mark.parametrize('size', [(16, 16), (20, 28), (8, 44), (68, 68)])
 def test_the_whole_by_hand(variant, size):
     torch.manual_seed(6)
     net = CRAViM(1, variant, base_channels=4, n_blocks=2).double().eval()
@@ -316,19 +406,20 @@ def test_illegal_input():
         with pytest.raises(ShapeError, match=said): net(torch.zeros(shape))
     build = network('cravim').build
     for config, said in [(dict(varient='paper'), "Did you mean 'variant'"), (dict(gate='both'), 'expected'),
-            (dict(n_noise=True), 'at least 0'), (dict(n_sources=0), 'at least 1'), (dict(input_term='yes'), 'expected'),
+            (dict(n_noise=True), 'at least 0'), (dict(n_sources=0), 'at least 1'), (dict(input_term='yes'), 'setting of CRAViM'),
+            (dict(decoder='content'), "Did you mean 'contents'"),
             (dict(variant='release'), "Did you mean 'released'")]:
         with pytest.raises(ConfigError, match=said): build(**config)
 
 # --- switches
 
-def test_every_switch_changes_names_or_shapes_and_the_output():
+def test_every_switch_changes_names_and_the_output():
     record, x = network('cravim'), rand(1, 2, 16, 24)
     seen = {}
     for name, switch in {'as printed': {}, **record.ablations}.items():
         torch.manual_seed(11)
         net = record.build(**record.smallest | switch).eval()
-        seen[name] = ({(k, tuple(v.shape)) for k, v in net.named_parameters()}, net(x).detach())
+        seen[name] = ({k for k, _ in net.named_parameters()}, net(x).detach())
     assert {'released', 'resnet', 'attention_gan', 'no_evss', 'no_maps', 'no_input', 'no_scan', 'matched'} <= set(seen)
     for (a, (names, out)), (b, (others, other)) in itertools.combinations(seen.items(), 2):
         assert names != others and not torch.equal(out, other), (a, b)
@@ -344,7 +435,7 @@ def test_stand_ins_are_what_their_names_say():
     gan = nets['attention_gan'].decoder
     assert gan.content[7].weight.shape == (18, 64, 7, 7) and gan.attention.softmax[6].weight.shape == (10, 64, 1, 1)
     assert nets['no_scan'].trunk.evss_1.scan is None and not any(isinstance(m, SS2D) for m in nets['matched'].modules())
-    assert abs(count(nets['matched'])/11_765_711-1) < 1e-3 and nets['no_input'].decoder.attention.sigmoid[6].weight.shape[0] == 4
+    assert abs(count(nets['matched'])/11_765_711-1) < 1e-3 and nets['no_input'].decoder.attention.sigmoid_contents[6].weight.shape[0] == 4
 
 @pytest.mark.parametrize('mixer', MIXERS)
 def test_record_says_whether_a_scan_is_inside(mixer):
@@ -358,7 +449,7 @@ def test_gate_is_the_variants_unless_given():
     assert CRAViM(1, 'released', gate='input', **SMALL).trunk.evss_1.listens == 'input'
 
 @pytest.mark.parametrize('spec', [Spec(s) for s in (1, 2, 3, 4)]+[Spec(1, 1, 2), Spec(1, 1, 2, steps=4), Spec(1, 1, 1, steps=4, latent=64),
-    Spec(2, 1, 1, steps=4, latent=64), Spec(0, 4, 4, steps=1000), Spec(0, 4, 8, steps=1000)], ids=str)
+    Spec(2, 1, 1, steps=4, latent=64), Spec(1, 0, 1, steps=4), Spec(0, 4, 4, steps=1000), Spec(0, 4, 8, steps=1000)], ids=str)
 def test_fits_every_recipe(spec):
     config = fits(spec)
     n_in = config['n_sources']+config['n_noise']
@@ -377,6 +468,10 @@ def test_stages_in_the_order_of_the_figure():
     seen = stages(CRAViM(base_channels=4, n_blocks=2), rand(1, 2, 16, 24))
     assert list(seen) == ['encoder_1', 'encoder_2', 'encoder_3', 'evss_1', 'residual_1', 'residual_2', 'evss_2', 'output']
     assert seen['evss_2'].shape == (1, 16, 4, 6) and seen['output'].shape == (1, 2, 16, 24)
+    torch.manual_seed(17)
+    net, x = CRAViM(**SMALL).eval(), rand(2, 2, 16, 24)
+    seen = stages(net, x)
+    assert torch.equal(seen['evss_2'], net.encoded(x)) and torch.equal(seen['output'], net(x))
 
 # --- released weights
 

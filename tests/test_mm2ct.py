@@ -1,4 +1,5 @@
 "MM2CT and its parts at sizes, numbers of modalities and settings that the chapters do not show"
+import copy
 import itertools
 import math
 
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from scipy.signal import upfirdn
 from torch import nn
 
-from i2i_mamba_nb.blocks.conv import activation_checkpointing
+from i2i_mamba_nb.blocks.conditioning import norm_groups
+from i2i_mamba_nb.blocks.conv import BatchNorm, activation_checkpointing
 from i2i_mamba_nb.blocks.diffusive import (
     AdaptiveGroupNorm,
     DiffusiveBlock,
@@ -18,19 +20,22 @@ from i2i_mamba_nb.blocks.diffusive import (
     fir_down,
     fir_kernel,
     fir_up,
-    groups_of,
+    scaled,
 )
 from i2i_mamba_nb.blocks.fusion import (
     FUSIONS,
     ChannelSwapMamba,
+    Concatenation,
     CrossMamba,
     CrossModalMamba,
     DynamicEnhancement,
     DynamicLocalConv,
     Fusion,
+    JointStage,
     MambaBlock,
     by_others,
     difference_attention,
+    heard,
     reading,
     swap_channels,
 )
@@ -134,13 +139,13 @@ def test_fir_up_is_the_transpose_of_down():
 # diffusive blocks
 
 @pytest.mark.parametrize('c', [1, 3, 4, 12, 14, 44, 64, 130])
-def test_groups_divide(c): assert c % groups_of(c) == 0 and 1 <= groups_of(c) <= max(1, min(c//4, 32))
+def test_groups_divide(c): assert c % norm_groups(c) == 0 and 1 <= norm_groups(c) <= max(1, min(c//4, 32))
 
 @pytest.mark.parametrize('b, c', [(1, 4), (3, 12), (2, 14)])
 def test_adaptive_group_norm_is_per_image(b, c):
     norm, x, s = AdaptiveGroupNorm(c, 5), 3+2*torch.randn(b, c, 5, 7), torch.randn(b, 5)
     gamma, beta = norm.style(s)[:, :, None, None].chunk(2, 1)
-    torch.testing.assert_close(norm(x, s), gamma*F.group_norm(x, groups_of(c), eps=1e-6)+beta, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norm(x, s), gamma*F.group_norm(x, norm_groups(c), eps=1e-6)+beta, atol=1e-5, rtol=1e-4)
 
 def test_block_learns_time_and_style_and_keeps_its_input():
     block, x = DiffusiveBlock(8, 8, 5, 3), torch.randn(2, 8, 5, 7)
@@ -268,21 +273,92 @@ def test_fusion_sizes(n, fusion):
         y = net(torch.randn(2, n, *size))
         assert y.shape == (2, 1, *size) and y.isfinite().all()
 
-@pytest.mark.parametrize('n', [2, 3])
-def test_shared_weights_do_not_ask_who_is_first(n):
-    net, x = Fusion(n, width=6, depth=1, shared=True).double(), torch.randn(1, n, 6, 5).double()
-    torch.testing.assert_close(net(x.roll(1, 1)), net(x))
-    own = Fusion(n, width=6, depth=1).double()
-    assert not torch.allclose(own(x.roll(1, 1)), own(x))
+@pytest.mark.parametrize('n', [2, 3, 4])
+@pytest.mark.parametrize('fusion', FUSIONS[:3])
+def test_shared_weights_keep_the_result_for_cyclic_exchanges_only(n, fusion):
+    "Two streams: both orders; more: the swap of channels knows the order but for its start. Concatenation never forgets it"
+    net, x = Fusion(n, width=6, depth=1, shared=True, fusion=fusion).double(), torch.randn(1, n, 6, 5).double()
+    with torch.no_grad(): base, outs = net(x), {o: net(x[:, list(o)]) for o in itertools.permutations(range(n))}
+    for order, y in outs.items():
+        cyclic = all((b-a) % n == 1 for a, b in itertools.pairwise(order))
+        kept = cyclic and fusion == 'full' or order == tuple(range(n))
+        gap = float((y-base).abs().max())
+        assert (gap < 1e-12) if kept else (gap > 1e-5), (order, gap)
 
-def test_sources_keep_their_streams():
-    "Stream i belongs to source i: without exchange between streams only its own image moves it"
-    net = Fusion(3, width=4, depth=1)
-    seen = []
-    for head in net.heads: head.register_forward_hook(lambda m, a, o: seen.append(a[0]))
-    x = torch.randn(1, 3, 5, 6)
-    net(x)
-    assert [torch.equal(s, x[:, i:i+1]) for i, s in enumerate(seen)] == [True]*3
+def test_own_weights_tell_the_first_from_the_second():
+    for n in (2, 3):
+        own, x = Fusion(n, width=6, depth=1).double(), torch.randn(1, n, 6, 5).double()
+        for order in itertools.permutations(range(n)):
+            assert torch.allclose(own(x[:, list(order)]), own(x)) == (order == tuple(range(n)))
+
+@pytest.mark.parametrize('n', [2, 3, 4])
+def test_difference_attention_goes_with_its_streams(n):
+    x = list(torch.randn(n, 2, 3, 4, 5).double())
+    base = difference_attention(*x)
+    for order in itertools.permutations(range(n)):
+        for k, got in zip(order, difference_attention(*(x[k] for k in order)), strict=True): torch.testing.assert_close(got, base[k])
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_sources_keep_their_streams(shared):
+    "Stream i belongs to source i: before the first exchange between streams its own image moves it, and no other does"
+    net, seen = Fusion(3, width=4, depth=1, shared=shared).double(), []
+    net.swaps[0].register_forward_hook(lambda m, given, out: seen.append(given))
+    x = torch.randn(1, 3, 5, 6).double()
+    with torch.no_grad(): net(x), [net(x.index_fill(1, torch.tensor([k]), .3)) for k in range(3)]
+    base, *changed = seen
+    moved = [[not torch.equal(a, b) for a, b in zip(streams, base, strict=True)] for streams in changed]
+    assert moved == torch.eye(3).bool().tolist()
+
+STREAMS = [ChannelSwapMamba(6, 2), CrossModalMamba(6, 2), CrossMamba(6, 2), DynamicEnhancement(6, 2), Concatenation(6, 2, 1),
+    ChannelSwapMamba(6, 2, shared=True), CrossModalMamba(6, 2, shared=True), DynamicEnhancement(6, 2, shared=True)]
+
+@pytest.mark.parametrize('block', STREAMS, ids=lambda b: type(b).__name__)
+def test_a_wrong_number_or_shape_of_streams_is_refused_in_words(block):
+    f = torch.randn(2, 6, 4, 5)
+    for wrong in ((), (f,), (f,)*3, (f,)*4, (f, f[:1]), (f[:1], f), (f, f[..., :1]), (f[:, :, :1], f), (f[:, :5],)*2, (f[:, :1], f),
+            (f[:0],)*2, (f[0], f[0]), (f[..., :0],)*2, (f, None)):
+        with pytest.raises(ShapeError, match=r'2 maps of one shape \(b, 6, h, w\)'): block(*wrong)
+    assert all(o.shape == f.shape for o in block(f, f))
+
+@pytest.mark.parametrize('function', [swap_channels, difference_attention])
+def test_exchanges_do_not_stretch_streams(function):
+    f = torch.randn(2, 3, 4, 5)
+    for wrong in ((), (f, f[:1]), (f, f[:, :1]), (f[..., :1], f), (f[:0], f[:0])):
+        with pytest.raises(ShapeError, match='maps of one shape'): function(*wrong)
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_every_stream_has_a_channel_for_every_other(shared):
+    for build in (lambda: Fusion(5, width=4, shared=shared), lambda: ChannelSwapMamba(2, 3, shared=shared), lambda: MM2CT(3, width=2)):
+        with pytest.raises(ConfigError, match='at least [35]'): build()
+    assert Fusion(4, width=4, depth=1)(torch.randn(1, 4, 5, 6)).shape == (1, 1, 5, 6)
+
+@pytest.mark.parametrize('measure', [lambda b: reading(b, 2, 6), lambda b: heard(b, 2, 6, 8)])
+def test_measuring_leaves_the_block_as_it_was(measure):
+    block = CrossModalMamba(6, 2)
+    kept = copy.deepcopy(block.state_dict())
+    measure(block)
+    assert all(p.dtype == torch.float32 for p in block.parameters())
+    assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items())
+    assert block(*torch.randn(2, 1, 6, 4, 4))[0].dtype == torch.float32
+
+@pytest.mark.parametrize('fusion', FUSIONS)
+def test_the_condition_is_bounded_but_for_the_concatenation(fusion):
+    y = Fusion(2, width=4, depth=1, fusion=fusion)(torch.full((1, 2, 6, 7), 1e4)+1e4*torch.randn(1, 2, 6, 7))
+    assert (y.abs().max() <= 1) == (fusion != 'concatenation')
+
+def test_recomputing_several_tensors_moves_running_averages_once():
+    class Normed(JointStage):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNorm(3, at_test='running')
+        def body(self, f, g): return [self.norm(f+g)]
+    f, g, seen = 2+torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5).requires_grad_(), []
+    for on in (False, True):
+        net = activation_checkpointing(nn.Sequential(Normed()), on)
+        net[0](f, g)[0].square().sum().backward()
+        seen.append((net[0].norm.running_mean.clone(), net[0].norm.running_var.clone(), int(net[0].norm.num_batches_tracked)))
+    assert seen[0][2] == seen[1][2] == 1
+    for a, b in zip(seen[0][:2], seen[1][:2], strict=True): torch.testing.assert_close(a, b)
 
 # networks
 
@@ -302,10 +378,51 @@ def test_resnet_sizes(size):
 @pytest.mark.parametrize('levels', [1, 2, 4, 6])
 @pytest.mark.parametrize('outputs', ['as_inputs', 'targets'])
 def test_unet_levels_and_odd_widths(levels, outputs):
-    net = DiffusiveUNet(2, 1, 1, base_channels=3, multipliers=(1, 2, 1, 3, 1, 2)[:levels], n_blocks=1, attention_at=(1, 4), outputs=outputs,
-        n_latent=5, n_style=7, n_layers=1, taps=(1, 1))
+    net = DiffusiveUNet(2, 1, 1, base_channels=3, multipliers=(1, 2, 1, 3, 1, 2)[:levels], n_blocks=1, outputs=outputs,
+        attention_at=(1, 4)[:1+(levels > 2)], n_latent=5, n_style=7, n_layers=1, taps=(1, 1))
     y = net(torch.randn(2, 3, 32, 64), *beside(2, 5))
     assert y.shape == (2, 1, 32, 64) and net.tail.out_channels == (3 if outputs == 'as_inputs' else 1)
+
+@pytest.mark.parametrize('c', [3, 8, 64])
+def test_time_code_is_syndiffs(c):
+    "Frequencies 10000^(-k/(K-1)), K = c/2: the slowest is 1/10000 itself"
+    net = DiffusiveUNet(base_channels=c, multipliers=(1,), n_blocks=1)
+    K, t, seen = (c+1)//2, torch.tensor([0., 1., 3., 999.]), []
+    net.time.first.register_forward_hook(lambda m, given, out: seen.append(given[0]))
+    net.time(t)
+    angles = [[float(v)*10_000**(-k/(K-1)) for k in range(K)] for v in t]
+    by_hand = torch.tensor([[f(a) for f in (math.sin, math.cos) for a in row] for row in angles])
+    torch.testing.assert_close(seen[0], by_hand, atol=2e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('levels, expected', [(1, 1), (2, 2), (3, 4), (4, 8), (5, 16), (6, 16)])
+def test_attention_is_at_16_or_at_the_deepest(levels, expected):
+    net = DiffusiveUNet(base_channels=4, multipliers=[1]*levels, n_blocks=1)
+    assert net.config['attention_at'] == [expected]
+    down, up = unet_plan([4]*levels, 1, (expected,))
+    for part, rows in ((net.encoder, down), (net.decoder, up)):
+        assert [b.attention is not None for b in part] == [r.attention for r in rows] and any(r.attention for r in rows)
+    assert not any(b.attention for b in DiffusiveUNet(base_channels=4, multipliers=[1]*levels, n_blocks=1, attention_at=[]).encoder)
+
+@pytest.mark.parametrize('preset, expected', [('smoke', [2]), ('laptop', [4]), ('paper', [16])])
+def test_presets_have_attention_on_the_way(preset, expected):
+    record = network('mm2ct')
+    with torch.device('meta'): unet = record.build(**record.presets[preset]).unet
+    assert unet.config['attention_at'] == expected and any(b.attention for b in unet.encoder) and any(b.attention for b in unet.decoder)
+
+@pytest.mark.parametrize('change, said', [(dict(attention_at=(3,)), 'some of'), (dict(attention_at=(64,)), 'some of'),
+    (dict(attention_at=('16',)), 'some of'), (dict(attention_at=(True,)), 'some of'), (dict(attention_at=[1, 4]), 'some of'),
+    (dict(attention_at=2), 'a list'), (dict(start=-1), 'at least 0'), (dict(start=math.nan), 'at least 0'), (dict(start='0'), 'at least 0'),
+    (dict(multipliers=2), 'a list'), (dict(multipliers='12'), 'a list'), (dict(taps=(1, math.nan)), 'finite'),
+    (dict(taps=(1, math.inf)), 'finite'), (dict(taps=3), 'a list'),
+    (dict(taps=()), 'even number'), (dict(taps=(0, 0)), 'not 0'), (dict(taps=(.1, .2, -.3, 0)), 'not 0'), (dict(taps=(1, '1')), 'finite')])
+def test_wrong_unets_are_refused_in_words(change, said):
+    with pytest.raises(ConfigError, match=said): DiffusiveUNet(**dict(base_channels=4, multipliers=(1, 2), n_blocks=1) | change)
+
+@pytest.mark.parametrize('scale', [-1, -1e-9, math.inf, math.nan, None, True])
+def test_wrong_scales_are_refused_in_words(scale):
+    layer = nn.Linear(2, 2)
+    for build in (lambda: scaled(layer, scale), lambda: PixelAttention(4, scale), lambda: DiffusiveBlock(4, 4, 2, 2, start=scale)):
+        with pytest.raises(ConfigError, match='at least 0'): build()
 
 def test_idle_outputs_do_not_touch_the_kept():
     net = DiffusiveUNet(1, 1, 1, base_channels=4, multipliers=(1, 1), n_blocks=1)
@@ -349,17 +466,21 @@ def test_fuse_once_denoise_often():
         t, z = torch.full((2,), step), torch.randn(2, 64)
         torch.testing.assert_close(net.denoise(condition, x[:, 2:], t, z), net(x, t, z))
 
-def test_switches_change_names_or_shapes_and_output():
+def test_switches_change_names_and_output():
+    "At every preset's size each switch has parameter names of its own, not shapes alone"
     record = network('mm2ct')
     x, (t, z) = torch.randn(1, 3, 32, 32), beside(1, 8)
     built = {}
     for name, switch in {'smallest': {}, **record.ablations}.items():
         torch.manual_seed(0)
         built[name] = record.build(**record.smallest | switch)
-    seen = {n: names(net) for n, net in built.items()}
     for a, b in itertools.combinations(built, 2):
-        assert seen[a] != seen[b]
+        assert set(names(built[a])) != set(names(built[b]))
         assert not torch.allclose(built[a](x, t, z), built[b](x, t, z), atol=1e-12)
+    with torch.device('meta'):
+        for config in record.presets.values():
+            seen = [frozenset(names(record.build(**config | switch))) for switch in ({}, *record.ablations.values())]
+            assert len(set(seen)) == 4
 
 def test_stand_ins_are_concatenation_and_a_convolution_1():
     with torch.device('meta'):
@@ -385,7 +506,9 @@ def test_fits_every_recipe(spec):
     (dict(n_noise=-1), 'at least 0'), (dict(n_noise=1.5), 'at least 0'),
     (dict(multipliers=[]), 'one to six'), (dict(multipliers=[1]*7), 'one to six'), (dict(multipliers=[1, 0]), 'at least 1'),
     (dict(width=0), 'at least 1'), (dict(depth=0), 'at least 1'), (dict(n_condition=0), 'at least 1'), (dict(n_sources=0), 'at least 1'),
-    (dict(n_targets=True), 'at least 1'), (dict(directions=['rastr']), 'raster'), (dict(fuson='full'), "'fusion'")])
+    (dict(n_targets=True), 'at least 1'), (dict(fusion='concatenation', directions=['rastr']), 'raster'),
+    (dict(multipliers=2), 'a list'), (dict(start=-1), 'at least 0'), (dict(directions=[]), 'at least one'),
+    (dict(fuson='full'), "'fusion'")])
 def test_wrong_settings_are_refused_in_words(change, said):
     with pytest.raises(ConfigError, match=said): network('mm2ct').build(**TINY | change)
 
@@ -402,6 +525,14 @@ def test_wrong_inputs_are_refused_in_words():
     x = torch.zeros(2, 3, 32, 32)
     with pytest.raises(ShapeError, match='time for MM2CT'): net(x, t, z.expand(2, -1))
     with pytest.raises(ShapeError, match='latent for MM2CT'): net(x, t.expand(2), z)
+
+@pytest.mark.parametrize('fusion', ['full', 'concatenation'])
+def test_empty_batches_are_refused_in_words(fusion):
+    t, z = torch.zeros(0), torch.zeros(0, 64)
+    for net, channels, more in [(MM2CT(2, **TINY, fusion=fusion), 3, (t, z)), (DiffusiveUNet(base_channels=4, multipliers=(1,)), 2, (t, z)),
+            (Fusion(2, width=4, fusion=fusion), 2, ()), (ResNetGenerator(base_channels=4, n_blocks=1), 1, ())]:
+        said = f'images for {type(net).__name__}.*(\n.*)*empty batch'
+        with pytest.raises(ShapeError, match=said): net(torch.zeros(0, channels, 32, 32), *more)
 
 def test_backends_agree_on_the_whole_network():
     net, x, (t, z) = MM2CT(2, **TINY).double(), torch.randn(1, 3, 32, 32).double(), beside()

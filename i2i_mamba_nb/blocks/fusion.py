@@ -22,7 +22,7 @@ from ..core import ConfigError, ShapeError, check_choice, show_images
 from ..ssm.mixers import SS2D, lin_two, run
 from ..ssm.scan_orders import DIRECTIONS, check_directions
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #735a158b
+# %% ../../nbs/4_blocks/45_fusion.ipynb #0f8dabc4
 class JointStage(Stage):
     "A Stage over several tensors: body(*tensors); with `recompute` on, it is run again in the backward pass"
     def forward(self, *tensors):
@@ -30,6 +30,7 @@ class JointStage(Stage):
         contexts = lambda: (contextlib.nullcontext(), frozen_statistics(self))
         return checkpoint(self.body, *tensors, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
+# %% ../../nbs/4_blocks/45_fusion.ipynb #1d35ea4b
 class MambaBlock(Stage):
     "Figure 2: f + mixer(norm(f)), every pixel a token"
     def __init__(self,
@@ -41,7 +42,7 @@ class MambaBlock(Stage):
 
     def body(self, f): return f+self.mixer(self.norm(f))
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #7a34ddfe
+# %% ../../nbs/4_blocks/45_fusion.ipynb #1a1bbc2e
 def per_stream(
     make,               # function without arguments that makes a module
     n_streams,          # n
@@ -52,7 +53,7 @@ def per_stream(
 
 def own(modules, i): "The module of stream i"; return modules[i % len(modules)]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #8f7a9bb1
+# %% ../../nbs/4_blocks/45_fusion.ipynb #16e33c0b
 def check_streams(
     streams,            # what was given
     n=None,             # how many there are to be; None for any number
@@ -67,6 +68,7 @@ def check_streams(
         expected=f'{n or "any number of"} maps of one shape (b, {channels or "c"}, h, w), none empty',
         hint='One map per modality, all of one batch; set n_streams when the block is built.')
 
+# %% ../../nbs/4_blocks/45_fusion.ipynb #1a033329
 class StreamStage(JointStage):
     "A JointStage that takes n streams of c channels and refuses others. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -81,6 +83,7 @@ class StreamStage(JointStage):
         check_streams(streams, self.n_streams, self.channels, type(self).__name__)
         return super().forward(*streams)
 
+# %% ../../nbs/4_blocks/45_fusion.ipynb #0240bc27
 def check_share(
     who,                # for the message
     channels,           # c
@@ -91,7 +94,7 @@ def check_share(
         raise ConfigError(f'channels of {who}', given=f'{channels} for {n_streams} streams', expected=f'at least {n_streams}',
             hint='A swap gives each stream one channel in n from every other.')
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #2869a27e
+# %% ../../nbs/4_blocks/45_fusion.ipynb #800dfa9f
 def swap_channels(
     *streams: Float[Tensor, "b c h w"],     # n feature maps
 ):                                          # n feature maps
@@ -104,7 +107,7 @@ def swap_channels(
         for k in range(n): swapped[i][:, k::n] = streams[(i+k) % n][:, k::n]
     return swapped
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #b5f51ced
+# %% ../../nbs/4_blocks/45_fusion.ipynb #c1422f3e
 class ChannelSwapMamba(StreamStage):
     "Shallow fusion: normalised streams exchange channels, each passes a Mamba of its own and is added to its input"
     def __init__(self,
@@ -123,7 +126,7 @@ class ChannelSwapMamba(StreamStage):
         normed = [own(self.norms, i)(f) for i, f in enumerate(streams)]
         return [f+own(self.mixers, i)(g) for i, (f, g) in enumerate(zip(streams, swap_channels(*normed), strict=True))]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #2b73765f
+# %% ../../nbs/4_blocks/45_fusion.ipynb #c3d67cce
 def reading(
     block,              # takes and gives n streams
     n_streams,          # n
@@ -143,7 +146,7 @@ def reading(
         table[:, j] = (run_on(other)-run_on(streams)).abs().amax((1, 2, 3, 4))
     return table
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #8bcb1655
+# %% ../../nbs/4_blocks/45_fusion.ipynb #f7d606a9
 def by_others(
     gates,              # n tensors of one shape
 ):                      # n tensors
@@ -173,7 +176,7 @@ class CrossMamba(SS2D):
         return torch.cat([v for v, _ in pairs]), [F.silu(z) for _, z in pairs]
 
     def forward(self, *streams: Float[Tensor, "b c h w"]):
-        size, (v, gates) = streams[0].shape[2:], self.project(*streams)                         # n*b l d, n of b l d
+        (v, gates), size = self.project(*streams), streams[0].shape[2:]                         # n*b l d, n of b l d
         y = self.out_norm(run(self.drive(v, size), self.backend)).chunk(len(streams))
         h = sum(a*g for a, g in zip(y, by_others(gates), strict=True))                          # b l d
         return [own(self.out_proj, i)(h).mT.unflatten(2, size).contiguous() for i in range(len(streams))]
@@ -182,7 +185,7 @@ class CrossMamba(SS2D):
         "One Drive with all directions and, on its batch axis, all streams"
         return [self.drive(self.project(*streams)[0], streams[0].shape[2:])], None
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #fea3e6d9
+# %% ../../nbs/4_blocks/45_fusion.ipynb #085109b8
 class CrossModalMamba(StreamStage):
     "Deep fusion: each normalised stream reads all others through CrossMamba and is added to its input"
     def __init__(self,
@@ -200,7 +203,7 @@ class CrossModalMamba(StreamStage):
         read = self.mixer(*(own(self.norms, i)(f) for i, f in enumerate(streams)))
         return [f+r for f, r in zip(streams, read, strict=True)]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #f849eada
+# %% ../../nbs/4_blocks/45_fusion.ipynb #f12e5532
 def heard(
     block,              # takes and gives n streams
     n_streams=2,        # n
@@ -220,7 +223,7 @@ class SwapOnly(nn.Module):
     "Channels exchanged, nothing else"
     def forward(self, *streams): return swap_channels(*streams)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #212a2be2
+# %% ../../nbs/4_blocks/45_fusion.ipynb #19be47dc
 def show_reading(
     size=24,            # height and width
 ):
@@ -231,7 +234,7 @@ def show_reading(
     maps = [heard(b, size=size) for b in blocks.values()]
     return show_images(maps, list(blocks), cmap='viridis', limits=(-9, 0), colorbar=True, size=2.6)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #b636d3be
+# %% ../../nbs/4_blocks/45_fusion.ipynb #13ae6013
 class DynamicLocalConv(nn.Module):
     "Convolution 3 whose centre tap is reduced by theta*m*sum(W), theta and m learned"
     def __init__(self,
@@ -249,7 +252,7 @@ class DynamicLocalConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return F.conv2d(x, self.kernel(), padding=1)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #4cc1a348
+# %% ../../nbs/4_blocks/45_fusion.ipynb #601ce6a6
 def difference_attention(
     *streams: Float[Tensor, "b c h w"],     # n feature maps
 ):                                          # n feature maps
@@ -260,7 +263,7 @@ def difference_attention(
     def gated(i, j): return torch.sigmoid(means[i]-means[j])*(streams[i]+streams[j])
     return [streams[i]+sum(gated(i, j) for j in range(n) if j != i)/(n-1) for i in range(n)]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #5c2bd1e6
+# %% ../../nbs/4_blocks/45_fusion.ipynb #04ee5094
 class DynamicEnhancement(StreamStage):
     "Dynamic local convolution plus difference-aware attention, stream by stream"
     def __init__(self,
@@ -276,7 +279,7 @@ class DynamicEnhancement(StreamStage):
         enhanced = difference_attention(*streams)
         return [own(self.local, i)(f)+e for i, (f, e) in enumerate(zip(streams, enhanced, strict=True))]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #27be5378
+# %% ../../nbs/4_blocks/45_fusion.ipynb #ed06aa50
 FUSIONS = ('full', 'no_cross', 'no_enhancement', 'concatenation')
 
 class Concatenation(StreamStage):
@@ -291,11 +294,12 @@ class Concatenation(StreamStage):
 
     def body(self, *streams): return list(self.mix(torch.cat(streams, 1)).chunk(self.n_out, 1))
 
+# %% ../../nbs/4_blocks/45_fusion.ipynb #7977b58f
 class Merge(nn.Module):
     "Mean of the streams"
     def forward(self, *streams): return [sum(streams)/len(streams)]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #96620209
+# %% ../../nbs/4_blocks/45_fusion.ipynb #38940773
 def conv_pair(
     c_in,               # channels in
     c_between,          # channels between
@@ -306,6 +310,7 @@ def conv_pair(
     def conv(a, b): return nn.Conv2d(a, b, 3, padding=1, padding_mode='reflect')
     return nn.Sequential(conv(c_in, c_between), nn.LeakyReLU(.2), conv(c_between, c_out), last)
 
+# %% ../../nbs/4_blocks/45_fusion.ipynb #191f6dd3
 def check_filled(
     x,                  # images, already checked
     who,                # for the message
@@ -315,7 +320,7 @@ def check_filled(
         raise ShapeError(f'images for {who}', given=f'shape {tuple(x.shape)}, an empty batch', expected='at least one image',
             hint='Leave empty batches out.')
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #33d59246
+# %% ../../nbs/4_blocks/45_fusion.ipynb #033fc6f7
 class Fusion(nn.Module):
     "Fuses images: (b, n, h, w) to (b, n_out, h, w), in (-1, 1) unless 'concatenation', a bare 1x1. Raises ConfigError, ShapeError"
     def __init__(self,

@@ -2,11 +2,10 @@
 
 # %% auto #0
 __all__ = ['CODES', 'Beside', 'beside_grid', 'beside_points', 'pixel_centres', 'positional_code', 'check_hidden', 'layers',
-           'check_size', 'check_points', 'AnySize', 'INRB', 'decode_grid', 'decode_points', 'fit_image', 'show_zoom',
-           'closest', 'PlainMLP', 'PixelDecoder']
+           'check_size', 'check_points', 'check_features', 'AnySize', 'INRB', 'decode_grid', 'decode_points',
+           'fit_image', 'show_zoom', 'closest', 'PlainMLP', 'PixelDecoder']
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #df53e6fd
-import contextlib
+# %% ../../nbs/4_blocks/43_inr.ipynb #998585f0
 import math
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate, linear
-from torch.utils.checkpoint import checkpoint
 
-from .conv import Stage, check_positive, frozen_statistics, up_stage
+from .conv import Stage, check_positive, up_stage
 from ..core import ConfigError, ShapeError, check_choice, show_images
 
 # %% ../../nbs/4_blocks/43_inr.ipynb #a40bd06e
@@ -74,7 +72,7 @@ def positional_code(
     fade = torch.sinc(octave*(width/2))
     return torch.cat([phase.sin()*fade, phase.cos()*fade], -1)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #286d9246
+# %% ../../nbs/4_blocks/43_inr.ipynb #7dfe09c2
 def check_hidden(
     who,                # for the message
     hidden,             # widths of the layers
@@ -85,7 +83,7 @@ def check_hidden(
     for m in hidden: check_positive(who, hidden=m)
     return list(hidden)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #e0f959ef
+# %% ../../nbs/4_blocks/43_inr.ipynb #9e985a57
 def layers(
     c_in,               # numbers in
     hidden,             # widths of the layers between
@@ -97,7 +95,7 @@ def layers(
     for m in body[::2]: nn.init.kaiming_uniform_(m.weight, nonlinearity='relu')
     return nn.Sequential(*body, nn.Linear(widths[-1], c_out))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #d1dd777d
+# %% ../../nbs/4_blocks/43_inr.ipynb #46ce4b98
 def check_size(
     size,               # (H, W) wanted
     who='the decoder',  # for the message
@@ -108,7 +106,7 @@ def check_size(
         return tuple(size)
     raise ConfigError(f'size of {who}', given=repr(size), expected='(height, width)', hint='Use two ints such as (256, 256).')
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #cd821d27
+# %% ../../nbs/4_blocks/43_inr.ipynb #83cdabf1
 def check_points(
     points,             # (b, n, 2) wanted
     b,                  # images
@@ -121,19 +119,34 @@ def check_points(
     if not points.is_floating_point(): bad(str(points.dtype))
     if points.numel() and not bool((points.abs() <= 1).all()): bad('values beyond [-1, 1]')
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #8a425cf7
+# %% ../../nbs/4_blocks/43_inr.ipynb #e7b060e3
+def check_features(
+    who,                # for the message
+    z,                  # (b, c_in, h, w) wanted
+    c_in,               # channels
+):
+    "Raise ShapeError unless z is a map of c_in channels with at least one image and pixel"
+    if isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] == c_in and z.numel(): return
+    given = f'shape {tuple(z.shape)}' if isinstance(z, Tensor) else type(z).__name__
+    raise ShapeError(f'features of {who}', given=given, expected=f'a tensor (b, {c_in}, h, w), at least one image and one pixel',
+        hint='They are what the layer in front gives, not the image.')
+
+# %% ../../nbs/4_blocks/43_inr.ipynb #3e921705
 class AnySize(Stage):
-    "A decoder whose `body(z, size)` gives an image of any size; by default twice that of its features"
+    "A decoder of `c_in` channels whose `grid(z, size)` gives an image of any size; by default twice that of its features"
     def forward(self,
         z: Float[Tensor, "b c h w"],    # features
         size=None,                      # (H, W) of the image; (2h, 2w) by default
-    ) -> Float[Tensor, "b o H W"]:
-        size = check_size(size or tuple(2*n for n in z.shape[2:]), type(self).__name__)
-        if not (self.recompute and torch.is_grad_enabled()): return self.body(z, size)
-        contexts = lambda: (contextlib.nullcontext(), frozen_statistics(self))
-        return checkpoint(self.body, z, size, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+    ) -> Float[Tensor, "b o H W"]: return super().forward((z, self.asked(z, size)))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #109b6cc6
+    def asked(self, z, size):
+        "The size as two ints. Raises ConfigError, ShapeError"
+        check_features(type(self).__name__, z, self.c_in)
+        return tuple(2*n for n in z.shape[2:]) if size is None else check_size(size, type(self).__name__)
+
+    def body(self, asked): return self.grid(*asked)
+
+# %% ../../nbs/4_blocks/43_inr.ipynb #9757a669
 CODES = ('area', 'point')
 
 class INRB(AnySize):
@@ -148,10 +161,13 @@ class INRB(AnySize):
     ):
         super().__init__()
         check_positive('INRB', c_in=c_in, c_out=c_out, n_frequencies=n_frequencies)
-        self.sizes, self.code = (c_in, 2*n_frequencies, 2*n_frequencies), check_choice('code', code, CODES)
-        self.f = layers(sum(self.sizes), check_hidden('INRB', hidden), c_out)
+        self.c_in, self.sizes, self.code = c_in, (c_in, 2*n_frequencies, 2*n_frequencies), check_choice('code', code, CODES)
+        self.add_module(f'f_{code}', layers(sum(self.sizes), check_hidden('INRB', hidden), c_out))
         # what no resolution has taught yet says nothing
         if code == 'area': nn.init.zeros_(self.f[0].weight[:, c_in:].data)
+
+    @property
+    def f(self): "f_theta; its parameters are named after the code, which they belong to"; return self.get_submodule(f'f_{self.code}')
 
     def codes(self, near, n, N, dtype):
         "Codes (2 * 2L) of the offsets along an axis of n features and N pixels"
@@ -162,7 +178,7 @@ class INRB(AnySize):
         for layer in list(self.f)[1:]: v = layer(v)
         return v
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #a62e8924
+# %% ../../nbs/4_blocks/43_inr.ipynb #33a01357
 def decode_grid(inrb, z, size):
     "INRB on the pixels of a grid: (b c h w) to (b o H W)"
     (h, w), (H, W), first = z.shape[2:], size, inrb.f[0]
@@ -179,19 +195,19 @@ def decode_grid(inrb, z, size):
             y = y+area[..., None]*inrb.rest(P_t.index_select(2, cols.index[s])+C[s])
     return rearrange(y, 'b h w o -> b o h w')
 
-INRB.body = decode_grid
+INRB.grid = decode_grid
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #7e887e3c
+# %% ../../nbs/4_blocks/43_inr.ipynb #0eaad299
 def decode_points(
     inrb,                           # an INRB
     z: Float[Tensor, "b c h w"],    # features
     points: Float[Tensor, "b n 2"], # (row, column) in [-1, 1]
     size=None,                      # (H, W) of the image whose pixels these points are; (2h, 2w) by default
 ) -> Float[Tensor, "b n o"]:
-    "INRB at any points. Raises ShapeError"
+    "INRB at any points. Raises ConfigError, ShapeError"
+    H, W = inrb.asked(z, size)
     check_points(points, len(z))
     (h, w), first = z.shape[2:], inrb.f[0]
-    H, W = check_size(size or (2*h, 2*w), 'INRB')
     W_z, W_g = first.weight.split([inrb.sizes[0], 2*inrb.sizes[1]], 1)
     P = linear(rearrange(z, 'b c h w -> b (h w) c'), W_z, first.bias)
     rows, cols = beside_points(points[..., 0], h), beside_points(points[..., 1], w)
@@ -206,7 +222,7 @@ def decode_points(
 
 INRB.at = decode_points
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #2f2356e4
+# %% ../../nbs/4_blocks/43_inr.ipynb #908b7c18
 def fit_image(
     image: Float[Tensor, "b 1 h w"],    # what to learn, even height and width
     decoder,                            # takes 16 channels at half the resolution
@@ -227,7 +243,7 @@ def fit_image(
         adam.zero_grad(), (decoder(encoder(half), size)-wanted).abs().mean().backward(), adam.step()
     return encoder(half).detach()
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #22108d48
+# %% ../../nbs/4_blocks/43_inr.ipynb #2746043b
 def show_zoom(
     steps=150,          # of training
     factors=(1, 1.5, 2, 4),  # resolutions to decode at
@@ -242,7 +258,7 @@ def show_zoom(
     with torch.no_grad(): shown = [decoder(z, (round(32*f), round(32*f)))[0, 0] for f in factors]
     return show_images([image[0, 0], *shown], ['slice', *(f'x{f:g}' for f in factors)], limits=(-1, 1), size=1.8)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #a72128b2
+# %% ../../nbs/4_blocks/43_inr.ipynb #7d016ffe
 def closest(
     count,              # width -> number of parameters, increasing
     wanted,             # number of parameters
@@ -252,7 +268,7 @@ def closest(
     while count(m+1) <= wanted: m += 1
     return min((m, m+1), key=lambda k: abs(count(k)-wanted))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #daee6963
+# %% ../../nbs/4_blocks/43_inr.ipynb #ae2154b6
 class PlainMLP(AnySize):
     "Features mixed bilinearly, then a perceptron that knows no coordinates; about as many parameters as asked for"
     def __init__(self,
@@ -264,23 +280,23 @@ class PlainMLP(AnySize):
     ):
         super().__init__()
         count = lambda m: (c_in+1)*m+(depth-1)*(m+1)*m+(m+1)*c_out
-        self.f = layers(c_in, [closest(count, n_parameters)]*depth, c_out)
+        self.c_in, self.mlp = c_in, layers(c_in, [closest(count, n_parameters)]*depth, c_out)
 
-    def body(self, z, size):
+    def grid(self, z, size):
         "The first linear layer and the bilinear mix change places: the same numbers, fewer of them"
-        first, *rest = self.f
+        first, *rest = self.mlp
         v = rearrange(linear(rearrange(z, 'b c h w -> b h w c'), first.weight, first.bias), 'b h w c -> b c h w')
         v = rearrange(interpolate(v, size, mode='bilinear'), 'b c h w -> b h w c')
         for layer in rest: v = layer(v)
         return rearrange(v, 'b h w c -> b c h w')
 
     def at(self, z, points, size=None) -> Float[Tensor, "b n o"]:
-        "Values at any points, as of INRB; `size` plays no part. Raises ShapeError"
-        check_points(points, len(z))
+        "Values at any points, as of INRB; `size` changes nothing. Raises ConfigError, ShapeError"
+        self.asked(z, size), check_points(points, len(z))
         mixed = grid_sample(z, points.flip(-1)[:, None].to(z.dtype), mode='bilinear', padding_mode='border', align_corners=False)
-        return self.f(rearrange(mixed, 'b c 1 n -> b n c'))
+        return self.mlp(rearrange(mixed, 'b c 1 n -> b n c'))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #ccd73d67
+# %% ../../nbs/4_blocks/43_inr.ipynb #1e504bb6
 class PixelDecoder(AnySize):
     "Transposed convolution, normalisation, ReLU, convolution 7: twice the features' size, no other; about as many parameters as asked for"
     def __init__(self,
@@ -291,10 +307,10 @@ class PixelDecoder(AnySize):
     ):
         super().__init__()
         m = closest(lambda m: 9*c_in*m+2*m+(49*m+1)*c_out, n_parameters)
-        self.up = up_stage(c_in, m, **norms)
+        self.c_in, self.up = c_in, up_stage(c_in, m, **norms)
         self.out = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(m, c_out, 7))
 
-    def body(self, z, size):
+    def grid(self, z, size):
         if tuple(size) != tuple(2*n for n in z.shape[2:]):
             raise ConfigError('size of PixelDecoder', given=tuple(size), expected=f'{tuple(2*n for n in z.shape[2:])}, twice its features',
                 hint='Only INRB and PlainMLP decode at other sizes.')

@@ -4,7 +4,7 @@
 __all__ = ['SPLINES', 'WAVELETS', 'CONTINUED', 'MODES', 'WORKSPACE', 'daubechies', 'Bank', 'filter_bank', 'continued', 'split',
            'join', 'Bands', 'dwt', 'idwt', 'show_bands', 'soft', 'Layout', 'check_blocks', 'block_layout',
            'block_distances', 'Groups', 'match_blocks', 'haar_matrix', 'visits', 'filter_groups', 'Thresholds',
-           'cooperative_filter', 'CooperativeFilter', 'noise_thresholds']
+           'cooperative_filter', 'full_precision', 'CooperativeFilter', 'noise_thresholds']
 
 # %% ../../nbs/4_blocks/46_wavelet.ipynb #a905ea53
 import contextlib
@@ -82,10 +82,10 @@ def continued(
     k = torch.arange(-before, x.shape[-1]+after, device=x.device)
     return x.index_select(-1, CONTINUED[mode](k, x.shape[-1]))
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #a8a4cbeb
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #0bc0b11a
 def _weighted(weights, terms):
-    "Sum of tensors, each times a number; zeros are left out"
-    (w, t), *rest = [(w, t) for w, t in zip(weights, terms, strict=True) if w]
+    "Sum of tensors, each times a number; zeros are left out, small ones come first, which rounds less"
+    (w, t), *rest = sorted([(w, t) for w, t in zip(weights, terms, strict=True) if w], key=lambda wt: abs(wt[0]))
     return reduce(lambda total, wt: torch.add(total, wt[1], alpha=wt[0]), rest, w*t)
 
 # %% ../../nbs/4_blocks/46_wavelet.ipynb #dc350936
@@ -204,13 +204,15 @@ def _references(places, stride):
     "Every stride-th place and the last"
     return sorted({*range(0, places, stride), places-1})
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #75c64abe
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #176d8eb3
 def check_blocks(patch=4, window=11, n_similar=8, stride=None):
     "Raise ConfigError unless blocks of these settings cover an image"
-    check_positive('block matching', patch=patch, window=window, n_similar=n_similar, stride=stride or patch)
+    check_positive('block matching', patch=patch, window=window, n_similar=n_similar, stride=patch if stride is None else stride)
     def bad(name, given, expected, hint): raise ConfigError(f'{name} of block matching', given=given, expected=expected, hint=hint)
     if window % 2 == 0: bad('window', window, 'an odd width', f'Use {window+1}.')
     if n_similar & (n_similar-1): bad('n_similar', n_similar, 'a power of two', f'Use {1 << n_similar.bit_length()-1}.')
+    most = 1 << ((window//2+1)**2).bit_length()-1
+    if n_similar > most: bad('n_similar', n_similar, f'at most {most}, what a window of {window} holds in a corner', 'Widen the window.')
     if (stride or patch) > patch: bad('stride', stride, f'at most the patch, {patch}', 'Wider steps leave pixels that belong to no patch.')
 
 # %% ../../nbs/4_blocks/46_wavelet.ipynb #49b262df
@@ -400,12 +402,23 @@ def cooperative_filter(
     D = [_similar(v, t, False, blocks) for v, t in zip(bands.D, thresholds.D.to(x), strict=True)]
     return idwt(bands._replace(A=_similar(bands.A, thresholds.A.to(x), True, blocks), D=D))
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #4fdfd173
-def _full_precision(x):
-    "No autocast inside the block"
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #2abb0052
+def full_precision(
+    x: Tensor,          # gives the device
+):
+    "Context without autocast"
     known = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
+def _check_filter(threshold, mode, **switches):
+    "Raise ConfigError unless these settings of a filter are what they should be"
+    check_choice('mode', mode, MODES)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
+        raise ConfigError('threshold', given=repr(threshold), expected='a number above 0', hint='Use 0.1.')
+    for name, v in switches.items():
+        if not isinstance(v, bool): raise ConfigError(name, given=repr(v), expected='True or False', hint='Leave it out for True.')
+
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #9ddf3620
 class CooperativeFilter(nn.Module):
     "Similar cooperative filtering of a skip connection: (b, channels, h, w) to the same. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -424,12 +437,12 @@ class CooperativeFilter(nn.Module):
     ):
         super().__init__()
         check_positive('CooperativeFilter', channels=channels, levels=levels)
-        check_blocks(patch, window, n_similar, stride), filter_bank(wavelet), check_choice('mode', mode, MODES)
-        if not threshold > 0: raise ConfigError('threshold', given=threshold, expected='a number above 0', hint='Use 0.1.')
+        check_blocks(patch, window, n_similar, stride), filter_bank(wavelet)
+        _check_filter(threshold, mode, per_channel=per_channel, matching=matching)
         self.channels, self.blocks = channels, dict(patch=patch, window=window, n_similar=n_similar, stride=stride)
         self.options, n = dict(wavelet=wavelet, mode=mode, matching=matching), channels if per_channel else 1
         for band in 'AHVD' if matching else 'HVD':
-            first = torch.full((n,) if band == 'A' else (levels, n), math.log(math.expm1(threshold)))
+            first = torch.full((n,) if band == 'A' else (levels, n), threshold+math.log(-math.expm1(-threshold)))
             setattr(self, f'raw_{band}', nn.Parameter(first))
 
     def thresholds(self) -> Thresholds:
@@ -438,11 +451,11 @@ class CooperativeFilter(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         check_images(x, self.channels, multiple=1, smallest=1, who='CooperativeFilter')
-        with _full_precision(x):
+        with full_precision(x):
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             return cooperative_filter(wide, self.thresholds(), **self.options, **self.blocks).to(x.dtype)
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #43231332
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #0805f0c3
 def noise_thresholds(
     sigma,          # spread of white noise in x, > 0
     *,

@@ -4,7 +4,7 @@
 __all__ = ['MULTIPLIERS', 'RECORD', 'group_norm', 'LatentBlock', 'LatentAttention', 'encoder', 'decoder', 'Posterior', 'sample',
            'Autoencoder', 'show_latents', 'LatentStatistics', 'latent_statistics', 'Bound', 'reconstruction_bound']
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #21adf5b3
+# %% ../../nbs/5_models/57_autoencoder.ipynb #e79ba83b
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -15,15 +15,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..blocks.conditioning import norm_groups
 from ..blocks.conv import Stage, building, check_images, check_positive
 from ..core import ConfigError, Inputs, Network, register, show_images, torch_rng
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #7442d4e2
+# %% ../../nbs/5_models/57_autoencoder.ipynb #0d1646ef
 def group_norm(
     channels,           # channels
 ) -> nn.GroupNorm:
-    "32 groups of at least four channels, fewer groups where there are fewer channels"
-    return nn.GroupNorm(math.gcd(32, max(channels//4, 1)) if channels % 4 == 0 else 1, channels, eps=1e-6)
+    "32 groups as in latent diffusion; where 32 does not divide, the most groups of at least four channels"
+    return nn.GroupNorm(norm_groups(channels, least=1 if channels % 32 == 0 else 4), channels, eps=1e-6)
 
 # %% ../../nbs/5_models/57_autoencoder.ipynb #db891592
 class LatentBlock(Stage):
@@ -53,7 +54,7 @@ class LatentAttention(Stage):
         y = F.scaled_dot_product_attention(q, k, v)
         return f+self.out(rearrange(y, 'b 1 (h w) c -> b c h w', h=f.shape[2]))
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #63c6ffd4
+# %% ../../nbs/5_models/57_autoencoder.ipynb #732ea501
 MULTIPLIERS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4, 4)}
 
 def _halve(c): return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, 2))
@@ -74,7 +75,7 @@ def _levels(c, widths, n_blocks, resize):
         yield nn.Sequential(*blocks, *([resize(width)] if k < len(widths)-1 else []))
         c = width
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #fd3c62ad
+# %% ../../nbs/5_models/57_autoencoder.ipynb #1567ffcb
 def _named(conv_in, levels, middle, c, c_out):
     "An encoder (levels, then the middle) or a decoder (the middle, then levels)"
     parts, levels = nn.Sequential(), [(f'level_{k}', v) for k, v in enumerate(levels, 1)]
@@ -82,7 +83,7 @@ def _named(conv_in, levels, middle, c, c_out):
             ('conv_out', nn.Conv2d(c, c_out, 3, padding=1))]: parts.add_module(name, part)
     return parts
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #1e4ca13d
+# %% ../../nbs/5_models/57_autoencoder.ipynb #cefae006
 def encoder(n_channels, widths, latent_channels, n_blocks, attention):
     "Images to means and log-variances, before quant_conv"
     middle, first = ('middle', _middle(widths[-1], attention)), nn.Conv2d(n_channels, widths[0], 3, padding=1)
@@ -94,13 +95,13 @@ def decoder(n_channels, widths, latent_channels, n_blocks, attention):
     middle, first = ('middle', _middle(widths[0], attention)), nn.Conv2d(latent_channels, widths[0], 3, padding=1)
     return _named(first, _levels(widths[0], widths, n_blocks+1, _double), ([middle], []), widths[-1], n_channels)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #e6120c50
+# %% ../../nbs/5_models/57_autoencoder.ipynb #e9139ee7
 class Posterior(NamedTuple):
     "Normal distribution of the latent, independent per value"
     mean: Tensor        # (b, latent_channels, h/f, w/f)
     logvar: Tensor      # the same shape, within [-30, 20]
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #b8a83345
+# %% ../../nbs/5_models/57_autoencoder.ipynb #382fd546
 def sample(
     posterior: Posterior,       # from `encode`
     rng=None,                   # torch generator (CPU); torch's own by default
@@ -109,7 +110,7 @@ def sample(
     eps = torch.randn(posterior.mean.shape, generator=rng, dtype=posterior.mean.dtype).to(posterior.mean.device)
     return posterior.mean+torch.exp(.5*posterior.logvar)*eps
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #186ed730
+# %% ../../nbs/5_models/57_autoencoder.ipynb #55f44c50
 class Autoencoder(nn.Module):
     "KL autoencoder: images (b, n_channels, h, w) to latents f times smaller and back. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -125,7 +126,9 @@ class Autoencoder(nn.Module):
         sizes = dict(n_channels=n_channels, f=f, latent_channels=latent_channels, base_channels=base_channels, n_blocks=n_blocks)
         check_positive('Autoencoder', **sizes)
         if f not in MULTIPLIERS: raise ConfigError('f of Autoencoder', given=f, expected='2, 4 or 8', hint='Use 4.')
-        self.config = dict(sizes, attention=bool(attention))
+        if not isinstance(attention, bool):
+            raise ConfigError('attention of Autoencoder', given=repr(attention), expected='True or False', hint='Leave it out for True.')
+        self.config = dict(sizes, attention=attention)
         shape = n_channels, [base_channels*m for m in MULTIPLIERS[f]], latent_channels, n_blocks, attention
         self.encoder, self.quant_conv = encoder(*shape), nn.Conv2d(2*latent_channels, 2*latent_channels, 1)
         self.post_quant_conv, self.decoder = nn.Conv2d(latent_channels, latent_channels, 1), decoder(*shape)
@@ -143,7 +146,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return self.decode(self.encode(x).mean)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #2f15a798
+# %% ../../nbs/5_models/57_autoencoder.ipynb #ad97f1f5
 def show_latents(
     network,            # an Autoencoder
     x,                  # images (1, n_channels, h, w); the first channel is drawn
@@ -153,7 +156,7 @@ def show_latents(
     titles = ['image', *(f'latent {k}' for k in range(mean.shape[1])), 'decoded']
     return show_images([x[0, 0], *mean[0], y[0, 0]], titles, size=1.6)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #db712af5
+# %% ../../nbs/5_models/57_autoencoder.ipynb #51a1e463
 class LatentStatistics(NamedTuple):
     "Spread of the latents of a set of images"
     scale: float        # 1/std over all values
@@ -162,7 +165,7 @@ class LatentStatistics(NamedTuple):
     channel_std: tuple
     n_images: int
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #c9a15dd3
+# %% ../../nbs/5_models/57_autoencoder.ipynb #043a7967
 def _moments(network, batches, rng):
     "Number of values per channel, images, sums and sums of squares of the latents per channel, in float64"
     n = images = total = squares = 0
@@ -191,29 +194,24 @@ def latent_statistics(
     if not math.isfinite(std) or std < 1e-6: bad(f'a spread of {std:.2g}')
     return LatentStatistics(1/std, std, tuple(mean.tolist()), tuple((square-mean**2).clamp(min=0).sqrt().tolist()), images)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #d3512ad8
+# %% ../../nbs/5_models/57_autoencoder.ipynb #b30d4fe1
 class Bound(NamedTuple):
     "How well an autoencoder gives its input back"
     values: Tensor          # (b, n_channels), one per image and channel
     reconstruction: Tensor  # (b, n_channels, h, w)
 
-def _psnr(x, y):
-    "PSNR in dB of one image, range 2"
-    error = (x-y).square().mean()
-    return float('inf') if error == 0 else float(10*(4/error).log10())
-
 @torch.no_grad()
 def reconstruction_bound(
     network: nn.Module,             # an Autoencoder
     x: Float[Tensor, "b c h w"],    # target images in [-1, 1]
-    metric: Callable = _psnr,       # (true, decoded), both (h, w) -> number; PSNR with range 2 by default
+    metric: Callable,               # (true, decoded), both (h, w) -> number, such as PSNR with range 2
 ) -> Bound:
     "Measure of the reconstructions of `x`: what no synthesis through this decoder can be expected to beat. Raises ShapeError"
     y = network(x)
     values = [[float(metric(a, b)) for a, b in zip(*pair, strict=True)] for pair in zip(x, y, strict=True)]
     return Bound(torch.tensor(values), y)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #beddbe51
+# %% ../../nbs/5_models/57_autoencoder.ipynb #f621d893
 RECORD = register(Network(
     name='autoencoder', paper='Jiang et al., CoLa-Diff; layers of Rombach et al., latent diffusion', build=building(Autoencoder),
     kind='autoencoder', smallest=dict(base_channels=8, n_blocks=1),

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['START', 'GUIDANCE', 'LATENT_BLOCKS', 'CONDITIONING', 'PLAIN', 'RECORD', 'small_start', 'TimeResidual',
            'GridAttention', 'Step', 'Down', 'condition_groups', 'StepPlan', 'way_down', 'way_up', 'down_step',
-           'up_step', 'LatentUNet', 'condition_encoder', 'CoLaDiff', 'conditions', 'features', 'brain_inputs',
-           'show_features', 'example_time', 'example_condition', 'fit_pixels', 'effective_fields']
+           'up_step', 'LatentUNet', 'condition_encoder', 'CoLaDiff', 'condition_channels', 'conditions', 'features',
+           'brain_inputs', 'show_features', 'example_time', 'example_condition', 'image_channels', 'fit_pixels',
+           'effective_fields']
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #d7dab575
+# %% ../../nbs/5_models/54_cola_diff.ipynb #212fbf33
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from ..blocks.conditioning import GATES, ConditionEncoder, GuidedStage, TimeEmbedding, WideBottleneck, attend
-from ..blocks.conditioning import n_heads, norm_groups, normed, structural_guidance, template_tissue
+from ..blocks.conditioning import GATES, ConditionEncoder, TimeEmbedding, WideBottleneck, attend, n_heads
+from ..blocks.conditioning import norm_groups, normed, place_code, structural_guidance, template_tissue
 from ..blocks.conv import brain_slice, building, check_further, check_images, check_positive
+from ..blocks.fusion import JointStage
 from ..blocks.wavelet import CooperativeFilter
 from ..core import ConfigError, Inputs, Network, ShapeError, check_choice, register, show_images, torch_rng
 
@@ -30,8 +32,8 @@ def small_start(layer):
         for p in layer.parameters(): p *= START
     return layer
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #2c4b0054
-class TimeResidual(GuidedStage):
+# %% ../../nbs/5_models/54_cola_diff.ipynb #5e9276cc
+class TimeResidual(JointStage):
     "Residual block of two 3 x 3 convolutions with the time embedding added between them"
     def __init__(self,
         c_in,               # channels in
@@ -46,12 +48,12 @@ class TimeResidual(GuidedStage):
 
     def body(self, f, e): return self.join(f)+self.second(self.first(f)+self.time(F.silu(e))[..., None, None])
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #b3632754
-class GridAttention(GuidedStage):
+# %% ../../nbs/5_models/54_cola_diff.ipynb #4ce72db4
+class GridAttention(JointStage):
     "Self-attention over all places of a map and, with a context, cross-attention to its tokens; residual"
     def __init__(self,
         channels,           # c
-        context=0,          # channels of the condition's tokens; 0 without
+        context=0,          # channels of the condition; 0 without
     ):
         super().__init__()
         self.heads, self.context = n_heads(channels), context
@@ -61,16 +63,24 @@ class GridAttention(GuidedStage):
             self.cross_norm, self.cross_q = nn.GroupNorm(norm_groups(channels), channels), nn.Conv1d(channels, channels, 1)
             self.cross_kv = nn.Conv1d(context, 2*channels, 1)
             self.cross_out = small_start(nn.Conv1d(channels, channels, 1))
+            self.cross_places = nn.Parameter(torch.tensor([1., .1]))
 
     def seen(self, q, k, v): return attend(q.mT, k.mT, v.mT, self.heads).mT
+
+    def cross(self, z, size, y):
+        "What the places of a map read in the condition (b, context, u, v); both know where they are"
+        at, step = self.cross_places, y.shape[2]//size[0]
+        q = self.cross_norm(z)+at[0]*place_code(*size, z.shape[1], like=z, step=step).mT
+        tokens = rearrange(y, 'b c u v -> b c (u v)')+at[1]*place_code(*y.shape[2:], self.context, like=y).mT
+        return self.cross_out(self.seen(self.cross_q(q), *self.cross_kv(tokens).chunk(2, 1)))
 
     def body(self, f, y=None):
         z = rearrange(f, 'b c h w -> b c (h w)')
         z = z+self.out(self.seen(*self.qkv(self.norm(z)).chunk(3, 1)))
-        if self.context: z = z+self.cross_out(self.seen(self.cross_q(self.cross_norm(z)), *self.cross_kv(y).chunk(2, 1)))
+        if self.context: z = z+self.cross(z, f.shape[2:], y)
         return z.view_as(f)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #cb743cdd
+# %% ../../nbs/5_models/54_cola_diff.ipynb #c8eadf5a
 class Step(nn.Module):
     "Residual block, then attention and up-sampling where asked"
     def __init__(self,
@@ -91,7 +101,7 @@ class Step(nn.Module):
         if self.attention is not None: f = self.attention(f, y) if self.attention.context else self.attention(f)
         return f if self.up is None else self.up(F.interpolate(f, scale_factor=2, mode='nearest'))
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #93bb9b69
+# %% ../../nbs/5_models/54_cola_diff.ipynb #0d06d2c3
 class Down(nn.Module):
     "Halves the grid: a convolution of stride 2, or the bottleneck block with wide branches"
     def __init__(self,
@@ -103,7 +113,7 @@ class Down(nn.Module):
 
     def forward(self, f, e, y=None): return self.halve(f)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #8f210eb0
+# %% ../../nbs/5_models/54_cola_diff.ipynb #e01d1f9e
 GUIDANCE = dict(none=0, tissue=3, tumour=4)
 
 def condition_groups(
@@ -114,7 +124,7 @@ def condition_groups(
     masks = GUIDANCE[check_choice('guidance', guidance, GUIDANCE)]
     return (1,)*n_sources+((masks, n_sources) if masks and n_sources else ())
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #ac43abd0
+# %% ../../nbs/5_models/54_cola_diff.ipynb #740b9e4e
 class StepPlan(NamedTuple):
     "One step of a U-Net"
     c_in: int           # channels in
@@ -122,7 +132,7 @@ class StepPlan(NamedTuple):
     below: int          # latent over the grid it works on
     last: bool          # whether the grid changes at its end
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #74ec6202
+# %% ../../nbs/5_models/54_cola_diff.ipynb #7c6f171d
 def way_down(
     base,               # channels of the first level
     multipliers,        # channels of each level over the first
@@ -136,7 +146,7 @@ def way_down(
         if k < len(multipliers)-1: plan.append(StepPlan(c, c, 2**k, True))
     return plan
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #f2fb168a
+# %% ../../nbs/5_models/54_cola_diff.ipynb #ffc1b6cb
 def way_up(
     base,               # channels of the first level
     multipliers,        # channels of each level over the first
@@ -150,7 +160,7 @@ def way_up(
             plan.append(StepPlan(c+handed.pop(), c := base*m, 2**k, k > 0 and i == n_blocks))
     return plan
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #4659a4ae
+# %% ../../nbs/5_models/54_cola_diff.ipynb #0c2f9e8c
 def down_step(
     plan,               # a StepPlan
     config,             # settings of the network
@@ -162,7 +172,7 @@ def down_step(
     block = WideBottleneck(plan.c_in, plan.c_out, time_width=e) if kind == 'section' else TimeResidual(plan.c_in, plan.c_out, e)
     return Step(block, plan.c_out, attention=plan.below in config['attention_at'], context=context)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #c6aad26d
+# %% ../../nbs/5_models/54_cola_diff.ipynb #00f57c80
 def up_step(
     plan,               # a StepPlan
     config,             # settings of the network
@@ -172,9 +182,9 @@ def up_step(
     block = TimeResidual(plan.c_in, plan.c_out, 4*config['base_channels'])
     return Step(block, plan.c_out, attention=plan.below in config['attention_at'], context=context, up=plan.last)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #273bd3ad
+# %% ../../nbs/5_models/54_cola_diff.ipynb #f379b977
 class LatentUNet(nn.Module):
-    "U-Net from channels at the latent grid to noise, with the time and, for cross-attention, tokens"
+    "U-Net from channels at the latent grid to noise, with the time and, for cross-attention, the encoded condition"
     def __init__(self,
         c_in,               # channels in: the latent and what lies beside it
         config,             # settings of the network
@@ -204,11 +214,13 @@ class LatentUNet(nn.Module):
         for step in self.up: f = step(torch.cat([f, skips.pop()], 1), e, y)     # b 512  8  8 ... 128 64 64
         return self.leave(f)                                            # b   8 64 64
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #36c7d07a
+# %% ../../nbs/5_models/54_cola_diff.ipynb #c3dc494a
 LATENT_BLOCKS, CONDITIONING = ('down', 'section', 'plain'), ('concat', 'cross', 'in_x')
 
 def _check_numbers(c):
     "Raise ConfigError where a number is none, or too small"
+    if len(c['multipliers']) > 4:
+        raise ConfigError('multipliers of CoLaDiff', given=c['multipliers'], expected='at most four levels', hint='Use [1, 2, 2, 4].')
     check_positive('CoLaDiff', **{k: c[k] for k in ('n_targets', 'factor', 'base_channels', 'n_blocks')}, levels=len(c['multipliers']),
         **{f'multiplier {k+1}': m for k, m in enumerate(c['multipliers'])})
     outside = c['conditioning'] != 'in_x'
@@ -216,22 +228,34 @@ def _check_numbers(c):
         if isinstance(c[name], bool) or not isinstance(c[name], int) or c[name] < least:
             raise ConfigError(f'{name} of CoLaDiff', given=repr(c[name]), expected=f'an int of at least {least:d}', hint='Use 1.')
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #89180c87
+# %% ../../nbs/5_models/54_cola_diff.ipynb #d1928542
+def _listed(name, value):
+    "The value as a list. Raises ConfigError"
+    if isinstance(value, list | tuple): return list(value)
+    raise ConfigError(f'{name} of CoLaDiff', given=repr(value), expected='a list of whole numbers', hint='Use [1, 2, 2, 4] or [2, 4, 8].')
+
+def _check_filtering(filtering):
+    "Raise ConfigError unless it is a switch or options that a network may set"
+    if not isinstance(filtering, bool | dict):
+        raise ConfigError('filtering', given=repr(filtering), expected='True, False or a dict', hint='dict(levels=1, n_similar=8).')
+    if isinstance(filtering, dict) and 'channels' in filtering:
+        raise ConfigError('filtering', given="'channels' among its options", expected='options but this', hint='Each skip has its own.')
+
+# %% ../../nbs/5_models/54_cola_diff.ipynb #2ddd7200
 def _check_settings(c):
     "Raise ConfigError where settings are unknown or do not fit together"
     for name, known in dict(latent_blocks=LATENT_BLOCKS, conditioning=CONDITIONING, gate=GATES, guidance=GUIDANCE).items():
         check_choice(name, c[name], known)
     _check_numbers(c)
     grids = [2**k for k in range(len(c['multipliers']))]
-    if not set(c['attention_at']) <= set(grids):
+    if not all(v in grids for v in c['attention_at']):
         raise ConfigError('attention_at', given=c['attention_at'], expected=f'some of {grids}', hint='1 is the latent, 2 half of it.')
-    if not isinstance(c['filtering'], bool | dict):
-        raise ConfigError('filtering', given=repr(c['filtering']), expected='True, False or a dict', hint='dict(levels=1, n_similar=8).')
+    _check_filtering(c['filtering'])
     if c['conditioning'] == 'in_x' and (c['factor'] != 1 or not c['n_sources']+c['n_noise']):
         raise ConfigError("conditioning='in_x'", given=f"factor {c['factor']}, {c['n_sources']} sources, {c['n_noise']} noisy channels",
             expected='factor 1 and at least one channel', hint='Conditions inside x lie on its grid: set factor=1.')
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #438faba9
+# %% ../../nbs/5_models/54_cola_diff.ipynb #2c48026a
 def condition_encoder(
     groups,             # channels of each condition
     config,             # settings of the network
@@ -240,7 +264,7 @@ def condition_encoder(
     return ConditionEncoder(groups, width=max(config['base_channels']//4, 4), factor=config['factor'], n_blocks=config['n_transformers'],
         gate=config['gate'], token_size=4 if config['conditioning'] == 'in_x' else 1)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #68aea132
+# %% ../../nbs/5_models/54_cola_diff.ipynb #2cadfacd
 class CoLaDiff(nn.Module):
     "CoLa-Diff's latent network: noisy latent, time, conditions to noise and variance code. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -256,16 +280,16 @@ class CoLaDiff(nn.Module):
         latent_blocks='down',   # 'down': wide bottlenecks halve the grid; 'section': in all of the way down; 'plain'
         guidance='tissue',      # 'tissue' (masks and densities), 'tumour' (its mask too) or 'none'
         gate='sigmoid',         # automatic weights: 'sigmoid', 'tanh' or 'none'
-        filtering=True,         # similar cooperative filtering of skips: True, False or options of CooperativeFilter
+        filtering=True,         # similar cooperative filtering of skips: True, False, options; acts on skips of 4 x 4 or more
         conditioning='concat',  # 'concat' (beside the latent), 'cross' (attention) or 'in_x' (first channels of x, concatenated)
         n_transformers=2,       # N, transformer blocks of the condition encoder
     ):
         super().__init__()
         self.config = dict(n_sources=n_sources, n_targets=n_targets, n_noise=n_noise, factor=factor, base_channels=base_channels,
-            multipliers=list(multipliers), n_blocks=n_blocks, attention_at=list(attention_at), latent_blocks=latent_blocks,
-            guidance=guidance, gate=gate, filtering=filtering, conditioning=conditioning, n_transformers=n_transformers)
+            multipliers=_listed('multipliers', multipliers), n_blocks=n_blocks, attention_at=_listed('attention_at', attention_at),
+            latent_blocks=latent_blocks, guidance=guidance, gate=gate, filtering=filtering, conditioning=conditioning, n_transformers=n_transformers)
         _check_settings(self.config)
-        self.groups, self.multiple = condition_groups(n_sources, guidance), max(8, 2**(len(multipliers)-1))
+        self.groups = condition_groups(n_sources, guidance)
         self.encoder = condition_encoder(self.groups, self.config) if self.groups else None
         width, cross = self.encoder.channels if self.groups else 0, conditioning == 'cross'
         self.unet = LatentUNet(n_noise+width*(not cross), self.config, width*cross)
@@ -274,31 +298,45 @@ class CoLaDiff(nn.Module):
 
     def encode(self, b: Float[Tensor, "b k fh fw"]) -> Float[Tensor, "b c h w"]:
         "y: conditions encoded, mixed and weighed; the same at every time step"
-        return self.encoder(b)
+        if self.groups: return self.encoder(b)
+        raise ConfigError('conditions of CoLaDiff', given='no sources', expected='some to encode', hint='Call the network without.')
 
     def denoise(self, kappa: Float[Tensor, "b n h w"], t: Num[Tensor, " b"], y=None) -> Float[Tensor, "b o h w"]:
         "Noise, and the code of its variance, from the latent, the time and the encoded conditions"
-        if self.config['conditioning'] == 'cross': return self.unet(kappa, t, rearrange(y, 'b c h w -> b c (h w)'))
-        return self.unet(kappa if y is None else torch.cat([kappa, y], 1), t)
+        return self.unet(_entering(self, kappa, t, y), t, y)
 
     def forward(self, x: Float[Tensor, "b n h w"], t: Num[Tensor, " b"], condition=None) -> Float[Tensor, "b o h w"]:
         kappa, b = _parted(self, x, t, condition)
         return self.denoise(kappa, t, self.encode(b) if self.groups else None)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #a201760c
+# %% ../../nbs/5_models/54_cola_diff.ipynb #cd5cae22
+def condition_channels(
+    config,             # settings of a CoLaDiff, defaults left out or not
+) -> tuple:
+    "(channels of the conditions in x, channels beside it): one of the two is 0"
+    k = sum(condition_groups(config.get('n_sources', 3), config.get('guidance', 'tissue')))
+    return (k, 0) if config.get('conditioning', 'concat') == 'in_x' else (0, k)
+
+def _entering(network, kappa, t, y):
+    "What enters the U-Net: the latent, with the encoded conditions unless attention reads them. Raises ShapeError"
+    check_images(kappa, network.config['n_noise'], multiple=8, smallest=8, who='CoLaDiff')
+    check_further(kappa, 'CoLaDiff', time=(t, ()))
+    if network.groups: check_further(kappa, 'CoLaDiff', **{'encoded condition': (y, (network.encoder.channels, *kappa.shape[2:]))})
+    return torch.cat([kappa, y], 1) if network.groups and network.config['conditioning'] != 'cross' else kappa
+
 def _parted(network, x, t, condition):
     "(noisy latent, conditions) after checking. Raises ShapeError"
-    c, k, who = network.config, sum(network.groups), 'CoLaDiff'
-    inside = c['conditioning'] == 'in_x'
-    check_images(x, c['n_noise']+inside*k, multiple=network.multiple, smallest=network.multiple, who=who)
-    check_further(x, who, time=(t, ()))
-    if inside and condition is not None:
-        raise ShapeError(f'condition for {who}', given='one', expected="none with conditioning='in_x'", hint='Put it in x.')
-    if inside: return x[:, k:], x[:, :k]
-    check_further(x, who, condition=(condition, (k, *(c['factor']*n for n in x.shape[2:]))))
-    return x, condition
+    c, (k, beside) = network.config, condition_channels(network.config)
+    check_images(x, c['n_noise']+k, multiple=8, smallest=8, who='CoLaDiff')
+    check_further(x, 'CoLaDiff', time=(t, ()))
+    given = isinstance(condition, Tensor) and condition.shape[1:2].numel()
+    if not beside and given:
+        raise ShapeError('condition for CoLaDiff', given='one', expected="none with conditioning='in_x'", hint='Put it in x.')
+    if beside or condition is not None:
+        check_further(x, 'CoLaDiff', condition=(condition, (beside, *(c['factor']*n for n in x.shape[2:]))))
+    return (x, condition) if beside else (x[:, k:], x[:, :k])
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #5bb912b1
+# %% ../../nbs/5_models/54_cola_diff.ipynb #b10eff58
 def conditions(
     network,                            # a CoLaDiff
     sources: Float[Tensor, "b s h w"],  # source images in [-1, 1]
@@ -315,7 +353,7 @@ def conditions(
                 hint="Prepare with the steps 'guided', or build the network with another guidance.")
     return sources if wanted == 'none' else structural_guidance(sources, tissue, tumour=tumour)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #ba9d2581
+# %% ../../nbs/5_models/54_cola_diff.ipynb #e7fb418f
 def features(
     network,            # a CoLaDiff
     *inputs,            # what it takes
@@ -330,7 +368,7 @@ def features(
         for h in hooks: h.remove()
     return seen
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #ffc33905
+# %% ../../nbs/5_models/54_cola_diff.ipynb #2a80c22f
 def brain_inputs(
     network,            # a CoLaDiff with one source and guidance='tissue'
     *,
@@ -344,7 +382,7 @@ def brain_inputs(
     noise = torch.randn(kappa.shape, generator=torch_rng(0, 'latent'))
     return .9*kappa+.4*noise, torch.tensor([t]), conditions(network, head, tissue)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #100f8c07
+# %% ../../nbs/5_models/54_cola_diff.ipynb #e37a31a4
 def show_features(
     network,            # a CoLaDiff with one source and guidance='tissue'
     **inputs,           # side, t
@@ -359,28 +397,30 @@ def show_features(
     titles = ['source', 'noisy latent', *(f'{n}\n{tuple(seen[n].shape[1:])}' for n in names)]
     return show_images(maps, titles, ncols=6, size=1.4)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #c48b3a7e
+# %% ../../nbs/5_models/54_cola_diff.ipynb #ca267100
 def example_time(config, b, size, rng):
     "Random time steps"
     return torch.randint(0, 1000, (b,), generator=rng)
 
 def example_condition(config, b, size, rng):
-    "Random conditions on the image grid"
-    k = sum(condition_groups(config.get('n_sources', 3), config.get('guidance', 'tissue')))
+    "Random conditions on the image grid; of no channels where they are part of x"
+    k = condition_channels(config)[1]
     return torch.rand(b, k, *(config.get('factor', 4)*n for n in size), generator=rng)*2-1
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #9d06798e
+def image_channels(config): "Channels of x"; return config.get('n_noise', 4)+condition_channels(config)[0]
+
+# %% ../../nbs/5_models/54_cola_diff.ipynb #fff15345
 def fit_pixels(spec):
     "Configuration for a recipe on images: conditions inside x, attention at the coarsest grid only"
     images = dict(n_sources=spec.sources, n_targets=spec.targets, n_noise=spec.noise)
     return dict(images, factor=1, conditioning='in_x', guidance='none', attention_at=[8])
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #36d9b71c
+# %% ../../nbs/5_models/54_cola_diff.ipynb #8858298a
 PLAIN = dict(latent_blocks='plain', guidance='none', gate='none', filtering=False, n_transformers=0)
 RECORD = register(Network(
     name='cola_diff', paper='Jiang et al., CoLa-Diff', build=building(CoLaDiff),
     smallest=dict(n_sources=1, base_channels=8, multipliers=[1, 2], n_blocks=1, attention_at=[2], factor=2, n_transformers=1),
-    inputs=Inputs(channels=lambda config: config.get('n_noise', 4), multiple=8, smallest=8,
+    inputs=Inputs(channels=image_channels, multiple=8, smallest=8,
         shape=lambda config, size: (config.get('n_targets', 8), *size), further=dict(time=example_time, condition=example_condition)),
     fits=fit_pixels, n_parameters=(({}, 75_812_057), (dict(n_sources=2), 75_533_977), (PLAIN, 75_543_688)),
     multiply_adds=(({}, (64, 64), 45_938_905_600), (PLAIN, (64, 64), 31_381_389_312)),
@@ -390,7 +430,7 @@ RECORD = register(Network(
         no_filtering=dict(filtering=False), plain=PLAIN, cross_attention=dict(conditioning='cross')),
 ))
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #e3803c9c
+# %% ../../nbs/5_models/54_cola_diff.ipynb #54468a80
 def effective_fields(
     network,            # a CoLaDiff
     size=32,            # height and width of the latent
