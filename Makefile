@@ -22,7 +22,7 @@ lab: $(VENV)/ok-lab
 	jupyter lab --no-browser $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 # Scans take a quarter of an hour, the others one to eight minutes each, alone on the machine (`prepare`, not in the list: half an hour); `make bench BENCH=scan` for one of them
-BENCH ?= scan mixers auto network cpu_ideas loader
+BENCH ?= scan mixers auto network models cpu_ideas loader
 bench: $(VENV)/ok-dev
 	for name in $(BENCH); do OMP_NUM_THREADS=2 python bench/$$name.py || exit 1; done
 

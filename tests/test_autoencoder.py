@@ -269,7 +269,8 @@ def test_switches_change_names_or_shapes_and_output():
 def test_errors_say_what_to_do():
     for wrong, said in [(dict(f=1), '2, 4 or 8'), (dict(f=3), '2, 4 or 8'), (dict(f=True), 'whole number'), (dict(f='4'), 'whole'),
             (dict(latent_channels=0), 'latent_channels of'), (dict(n_channels=-1), 'n_channels'), (dict(n_blocks=1.5), 'n_blocks'),
-            (dict(attention='no'), "attention of Autoencoder.*'no'.*True or False"), (dict(attention=1), 'attention'), (dict(attention=None), 'attention')]:
+            (dict(attention='no'), "attention of Autoencoder.*'no'.*True or False"), (dict(attention=1), 'attention'),
+            (dict(attention=None), 'attention')]:
         with pytest.raises(ConfigError, match=said): Autoencoder(**wrong)
     with pytest.raises(ConfigError, match="Did you mean 'latent_channels'"): network('autoencoder').build(latent_chanels=3)
     net = build(f=8)

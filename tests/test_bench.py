@@ -162,7 +162,7 @@ def test_the_identity_is_the_input_and_keeps_what_is_around_it_alive(name):
 
 # ---------------------------------------------------------------- end to end
 RUNS = dict(scan=['--shapes', 'S1', '--modes', 'forward', '--allocators', 'default'], mixers=['--mixers', 'Mamba'], auto=[],
-    network=['--rows', 'released forward'])
+    network=['--rows', 'released forward'], models=['--rows', 'resnet6'])
 
 @pytest.mark.parametrize('name', RUNS)
 def test_every_script_runs_and_writes_its_fields(name, tmp_path):

@@ -222,7 +222,8 @@ def test_density_is_computed_in_full_precision(low):
     x, region = (torch.rand(1, 2, 96, 96, generator=rng())*2-1).to(low), torch.randint(0, 4, (1, 1, 96, 96), generator=rng(1))
     curve, d = cond.density_curve(x, region), cond.intensity_density(x, region)
     assert curve.dtype == d.dtype == torch.float32
-    torch.testing.assert_close(curve, cond.density_curve(x.float(), region)), torch.testing.assert_close(d, cond.intensity_density(x.float(), region))
+    torch.testing.assert_close(curve, cond.density_curve(x.float(), region))
+    torch.testing.assert_close(d, cond.intensity_density(x.float(), region))
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(cond.density_curve(x.float(), region), curve) and torch.equal(cond.intensity_density(x.float(), region), d)
         assert cond.structural_guidance(x, region).dtype == low
@@ -635,10 +636,12 @@ def test_section_puts_the_wide_block_everywhere_on_the_way_down():
     (dict(n_targets=0), 'n_targets'), (dict(n_noise=0), 'n_noise'), (dict(n_sources=0), 'n_sources'), (dict(n_blocks=0), 'n_blocks'),
     (dict(multipliers=[]), 'levels'), (dict(multipliers=[1, 0], attention_at=[]), 'multiplier 2'),
     (dict(n_transformers=-1), 'n_transformers'),
-    (dict(filtering='on'), 'filtering'), (dict(filtering=dict(channels=3)), "'channels' among its options"), (dict(attention_at=2), 'a list'),
+    (dict(filtering='on'), 'filtering'), (dict(filtering=dict(channels=3)), "'channels' among its options"),
+    (dict(attention_at=2), 'a list'),
     (dict(multipliers=2), 'a list'), (dict(multipliers='12'), 'a list'), (dict(attention_at='24'), 'a list'),
     (dict(attention_at=[[2]]), r'some of \[1, 2\]'), (dict(multipliers=[1, 1, 1, 1, 1]), 'at most four levels'),
-    (dict(filtering=dict(stride=0)), 'stride of block matching'), (dict(filtering=dict(matching='off')), 'True or False'), (dict(conditioning='in_x'), 'factor=1'), (dict(base_channels=2.5), 'base_channels'),
+    (dict(filtering=dict(stride=0)), 'stride of block matching'), (dict(filtering=dict(matching='off')), 'True or False'),
+    (dict(conditioning='in_x'), 'factor=1'), (dict(base_channels=2.5), 'base_channels'),
     (dict(n_sources=True), 'n_sources'),
     (dict(conditioning='in_x', factor=1, n_sources=0, n_noise=0), 'at least one channel')])
 def test_impossible_settings(wrong, said):

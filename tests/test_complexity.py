@@ -172,6 +172,50 @@ def test_parts_add_up():
     assert sum(parts.values()) == multiply_adds(net, x) and parts['encoder_1'] == 49*2*4*32*48
     assert list(parts) == [n for n, _ in net.named_children()]
 
+def of(record, config=None, device='meta'):
+    "A network of a record, and inputs for it"
+    config, m = record.smallest if config is None else config, record.inputs.multiple
+    size = (m*-(-record.inputs.smallest//m),)*2
+    more = [f(config, 2, size, torch.Generator().manual_seed(0)).to(device) for f in record.inputs.further.values()]
+    return record.build(**config).to(device), [torch.ones(2, record.inputs.channels(config), *size, device=device), *more]
+
+@pytest.mark.parametrize('name', networks())
+def test_parts_of_every_network_add_up_to_the_whole(name):
+    for config in (network(name).smallest, *(network(name).smallest | c for c in network(name).ablations.values())):
+        net, given_ = of(network(name), config)
+        parts = multiply_adds_of_parts(net, *given_)
+        assert sum(parts.values()) == multiply_adds(net, *given_), (config, parts)
+        assert set(parts) <= {n for n, _ in net.named_children()} | {''} and parts.get('', 0) < .1*sum(parts.values()), parts
+
+def test_a_part_that_is_not_called_itself_has_what_is_below_it():
+    net, x = of(network('unet'))
+    assert set(multiply_adds_of_parts(net, *x)) == {'down', 'up', 'join', 'out'}
+    net, x = of(network('multiscale_patchgan'))
+    assert set(multiply_adds_of_parts(net, *x)) == {'scales'}
+    class Bare(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.weight = nn.ModuleDict(dict(b=nn.Linear(3, 5))), nn.Parameter(torch.ones(5, 7))
+        def forward(self, x): return self.a['b'](x) @ self.weight
+    assert multiply_adds_of_parts(Bare(), torch.zeros(2, 3)) == {'a': 2*15, '': 2*35}
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', networks())
+def test_measuring_leaves_the_network_as_it_was(name, training):
+    net, given_ = of(network(name), device='cpu')
+    net.train(training)
+    before = {k: (v, v.clone()) for k, v in (*net.named_buffers(), *net.named_parameters())}
+    for measure in (multiply_adds, multiply_adds_of_parts, activation_bytes, lambda *a: seconds(*a, repeats=1)): measure(net, *given_)
+    for k, v in (*net.named_buffers(), *net.named_parameters()): assert v is before[k][0] and torch.equal(v, before[k][1]), k
+    assert net.training is training and all(p.grad is None for p in net.parameters())
+
+def test_averages_are_put_back_after_a_failure():
+    class Fails(nn.Module):
+        def __init__(self): super().__init__(); self.norm = nn.BatchNorm2d(2)
+        def forward(self, x): self.norm(x); raise RuntimeError
+    net = Fails()
+    for measure in (multiply_adds, activation_bytes, seconds):
+        with pytest.raises(RuntimeError): measure(net, torch.ones(1, 2, 4, 4))
+    assert not net.norm.running_mean.any() and not net.norm.num_batches_tracked
+
 # ---------------------------------------------------------------- attention and vectors
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 @pytest.mark.parametrize('training', [True, False])
@@ -292,7 +336,24 @@ def test_scales_average_the_pixels_that_are_there(value):
     for k, verdict in enumerate(net(torch.full((1, 1, 128, 96), value))):
         torch.testing.assert_close(verdict, net.scales[k](torch.full((1, 1, 128 >> k, 96 >> k), value)))
 
-@pytest.mark.parametrize('bad', [dict(n_time=7), dict(n_levels=0), dict(group=-1), dict(taps=(1, 2, 1)), dict(n_channels=0)])
+@pytest.mark.parametrize('bad', [[-1, 0], [float('nan'), 0.], [0., float('inf')]], ids=str)
+def test_times_that_are_none_are_refused(bad):
+    net = TimePatchGAN(2, base_channels=2, n_time=4)
+    with pytest.raises(ValueError, match='from 0'): net(torch.randn(2, 2, 64, 64), torch.tensor(bad))
+
+@pytest.mark.parametrize('bad', [dict(n_scales=4), dict(n_scales=5, n_layers=2, n_channels=1, base_channels=2, extra=1), dict(n_layers=5)])
+def test_more_scales_or_layers_than_64_pixels_hold_are_refused(bad):
+    if bad.pop('extra', 0): return MultiScalePatchGAN(**bad)(torch.randn(1, 1, 64, 64))
+    with pytest.raises(ConfigError, match='128 pixels'): MultiScalePatchGAN(**bad)
+
+def test_sixty_one_pixels_are_the_least_of_three_scales():
+    net = MultiScalePatchGAN(base_channels=2)
+    net.smallest = 1
+    assert net(torch.zeros(1, 1, 61, 61))[2].shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError): net(torch.zeros(1, 1, 60, 60))
+
+@pytest.mark.parametrize('bad', [dict(n_time=7), dict(n_levels=0), dict(group=-1), dict(taps=(1, 2, 1)), dict(n_channels=0),
+    dict(taps='1331'), dict(taps=1331), dict(group='4'), dict(group=True), dict(n_levels=7), dict(n_time='256')], ids=str)
 def test_impossible_time_critics_are_refused(bad):
     with pytest.raises(ConfigError): TimePatchGAN(**bad)
 

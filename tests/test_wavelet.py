@@ -369,8 +369,8 @@ def test_errors_say_what_to_do():
             (dict(mode='symetric'), "'symmetric'"), (dict(threshold=-1), 'above 0'), (dict(patch=0), 'patch of block matching'),
             (dict(stride=0), 'stride of block matching.*at least 1'), (dict(window=3), 'at most 4'), (dict(threshold='a'), 'above 0'),
             (dict(threshold=True), 'above 0'), (dict(threshold=math.nan), 'above 0'), (dict(threshold=math.inf), 'above 0'),
-            (dict(threshold=None), 'above 0'), (dict(matching='off'), "matching.*'off'.*True or False"), (dict(per_channel='no'), 'per_channel'),
-            (dict(per_channel=1), 'per_channel'), (dict(matching=None), 'matching')]:
+            (dict(threshold=None), 'above 0'), (dict(matching='off'), "matching.*'off'.*True or False"),
+            (dict(per_channel='no'), 'per_channel'), (dict(per_channel=1), 'per_channel'), (dict(matching=None), 'matching')]:
         with pytest.raises(ConfigError, match=said): CooperativeFilter(**{'channels': 3} | wrong)
     for wrong, said in [(torch.zeros(1, 2, 8, 8), 'expected 3 channels'), (torch.zeros(3, 8, 8), 'batch axis'),
             (torch.zeros(1, 3, 8, 8).long(), 'floating'), (torch.zeros(0, 3, 8, 8), 'expected one image')]:

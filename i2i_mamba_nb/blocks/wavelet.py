@@ -418,9 +418,12 @@ def _check_filter(threshold, mode, **switches):
     for name, v in switches.items():
         if not isinstance(v, bool): raise ConfigError(name, given=repr(v), expected='True or False', hint='Leave it out for True.')
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #9ddf3620
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #7509f0f2
 class CooperativeFilter(nn.Module):
-    "Similar cooperative filtering of a skip connection: (b, channels, h, w) to the same. Raises ConfigError, ShapeError"
+    """Similar cooperative filtering of a skip connection: (b, channels, h, w) to the same. Raises ConfigError, ShapeError
+
+    With one level all thresholds act on features of 3 x 3 or more; on 2 x 2 that of A rests, at 1 x 1 all do.
+    """
     def __init__(self,
         channels,               # feature channels
         *,

@@ -74,16 +74,27 @@ def _plain_products():
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #d5bacf21
+# %% ../../nbs/3_measure/33_complexity.ipynb #256a0967
+@contextlib.contextmanager
+def _as_it_was(network):
+    "After the block the buffers of `network` are those from before, with the values from before"
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    before = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
+    try: yield
+    finally:
+        with torch.no_grad():
+            for m, n, b, values in before: m._buffers[n] = b.copy_(values)
+
+# %% ../../nbs/3_measure/33_complexity.ipynb #ad8a218e
 def _counted(network, inputs):
     "PyTorch's counter after one forward pass"
     from torch.utils.flop_counter import FlopCounterMode
     counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    with _on_operators(network), _plain_products(), torch.no_grad(), counter: network(*inputs)
+    with _as_it_was(network), _on_operators(network), _plain_products(), torch.no_grad(), counter: network(*inputs)
     return counter
 
 def multiply_adds(
-    network,            # any module or function; parameters may be on the meta device
+    network,            # any module or function (whose scans name no 'reference' backend); parameters may be on the meta device
     *inputs,            # its inputs, on the same device
 ):
     "Multiply-adds of one forward pass, scans included. One multiply-add is two FLOPs"
@@ -93,12 +104,18 @@ def multiply_adds_of_parts(
     network,            # a module; parameters may be on the meta device
     *inputs,            # its inputs, on the same device
 ):
-    "dict name of a direct part -> its multiply-adds in one forward pass; parts that do none are left out"
-    found, root = _counted(network, inputs).get_flop_counts(), type(network).__name__
-    flops = {n: sum(found.get(f'{root}.{n}', {}).values()) for n, _ in network.named_children()}
-    return {n: v//2 for n, v in flops.items() if v}
+    "dict name of a direct part -> its multiply-adds in one forward pass, '' -> those outside all parts; parts that do none are left out"
+    counter, root = _counted(network, inputs), type(network).__name__
+    found = {n.removeprefix(f'{root}.'): sum(v.values()) for n, v in counter.get_flop_counts().items() if n.startswith(f'{root}.')}
+    flops = {n: _below(n, found) for n, _ in network.named_children()}
+    return {n: v//2 for n, v in (flops | {'': counter.get_total_flops()-sum(flops.values())}).items() if v}
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #491a98d3
+def _below(part, found):
+    "FLOPs of a part: its own where it was called itself, else of the highest parts below it that were"
+    names = [n for n in found if n == part or n.startswith(f'{part}.')]
+    return sum(found[n] for n in names if not any(n.startswith(f'{other}.') for other in names))
+
+# %% ../../nbs/3_measure/33_complexity.ipynb #cf6c8008
 def activation_bytes(
     network,            # an nn.Module in training or evaluation mode; may hold no values (meta device, fake tensors)
     *inputs,            # its inputs, on the same device
@@ -109,13 +126,13 @@ def activation_bytes(
         s = t.untyped_storage()
         kept[s._cdata] = s      # the storage itself is kept too: a freed one's address may return
         return t
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t): out = network(*inputs)
+    with _as_it_was(network), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t): out = network(*inputs)
     own = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
     found = sum(s.nbytes() for k, s in kept.items() if k not in own)
     del out
     return found
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #39b60220
+# %% ../../nbs/3_measure/33_complexity.ipynb #5113f714
 def seconds(
     network,            # any module or function
     *inputs,            # its inputs
@@ -123,14 +140,14 @@ def seconds(
 ):
     "Median wall time of a forward pass without gradients, seconds"
     taken = []
-    with torch.no_grad():
+    with _as_it_was(network), torch.no_grad():
         for _ in range(repeats+1):
             start = time.perf_counter()
             network(*inputs)
             taken.append(time.perf_counter()-start)
     return median(taken[1:])
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #2f59c355
+# %% ../../nbs/3_measure/33_complexity.ipynb #a283dee2
 class Cost(NamedTuple):
     "What a network costs at a size"
     kind: str           # 'generator', 'discriminator', 'autoencoder'
@@ -144,7 +161,13 @@ def _paper_entry(record):
     if record.multiply_adds: return min(record.multiply_adds, key=lambda entry: len(entry[0]))
     raise ConfigError(f'record of {record.name}', given='no multiply_adds', expected='(config, (h, w), count)', hint='Add one.')
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #ef8408f9
+def _example(record, config, size):
+    "(config, (h, w), what comes beside the images); the paper's where None"
+    if config is None or size is None: paper_config, paper_size, _ = _paper_entry(record)
+    config, size = paper_config if config is None else config, tuple(paper_size if size is None else size)
+    return config, size, [f(config, 1, size, torch.Generator().manual_seed(0)) for f in record.inputs.further.values()]
+
+# %% ../../nbs/3_measure/33_complexity.ipynb #4064c3f6
 def cost(
     record,             # Network out of the registry
     config=None,        # its configuration; the paper's if None
@@ -152,9 +175,7 @@ def cost(
 ):
     "Cost of a registered network, computed without numbers, as on this machine's CPU. Raises ConfigError"
     from torch._subclasses import FakeTensorMode
-    if config is None or size is None: paper_config, paper_size, _ = _paper_entry(record)
-    config, (h, w) = paper_config if config is None else config, tuple(paper_size if size is None else size)
-    further = [f(config, 1, (h, w), torch.Generator().manual_seed(0)) for f in record.inputs.further.values()]
+    config, (h, w), further = _example(record, config, size)
     with FakeTensorMode() as fake:
         network = record.build(**config)
         inputs = [torch.empty(1, record.inputs.channels(config), h, w), *map(fake.from_tensor, further)]
@@ -166,7 +187,7 @@ def costs(
     "dict name -> Cost of every registered network at its paper's size"
     return {n: cost(r) for n, r in networks(kind).items()}
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #abfe037e
+# %% ../../nbs/3_measure/33_complexity.ipynb #33974239
 def seconds_of(
     record,             # Network out of the registry
     config=None,        # its configuration; the paper's if None
@@ -174,12 +195,10 @@ def seconds_of(
     repeats=3,          # passes that count
 ):
     "Median seconds of a forward pass of one image on this machine, in evaluation mode. Raises ConfigError"
-    if config is None or size is None: paper_config, paper_size, _ = _paper_entry(record)
-    config, (h, w) = paper_config if config is None else config, tuple(paper_size if size is None else size)
-    further = [f(config, 1, (h, w), torch.Generator().manual_seed(0)) for f in record.inputs.further.values()]
+    config, (h, w), further = _example(record, config, size)
     return seconds(record.build(**config).eval(), torch.zeros(1, record.inputs.channels(config), h, w), *further, repeats=repeats)
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #d4d6aa39
+# %% ../../nbs/3_measure/33_complexity.ipynb #06f81f5c
 def cost_table(
     found,              # dict name -> Cost
     taken=None,         # dict name -> seconds of a forward pass on some machine, where they are known

@@ -211,10 +211,10 @@ def reconstruction_bound(
     values = [[float(metric(a, b)) for a, b in zip(*pair, strict=True)] for pair in zip(x, y, strict=True)]
     return Bound(torch.tensor(values), y)
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #f621d893
+# %% ../../nbs/5_models/57_autoencoder.ipynb #35725aa0
 RECORD = register(Network(
     name='autoencoder', paper='Jiang et al., CoLa-Diff; layers of Rombach et al., latent diffusion', build=building(Autoencoder),
-    kind='autoencoder', smallest=dict(base_channels=8, n_blocks=1),
+    kind='autoencoder', smallest=dict(base_channels=12, n_blocks=1),
     inputs=Inputs(channels=lambda config: config.get('n_channels', 1), multiple=8, smallest=16,
         shape=lambda config, size: (config.get('n_channels', 1), *size)),
     n_parameters=(({}, 13_857_189), (dict(n_channels=3, latent_channels=3, base_channels=128), 55_312_063), (dict(f=8), 20_943_269)),

@@ -264,7 +264,7 @@ def condition_encoder(
     return ConditionEncoder(groups, width=max(config['base_channels']//4, 4), factor=config['factor'], n_blocks=config['n_transformers'],
         gate=config['gate'], token_size=4 if config['conditioning'] == 'in_x' else 1)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #2cadfacd
+# %% ../../nbs/5_models/54_cola_diff.ipynb #0b41edf5
 class CoLaDiff(nn.Module):
     "CoLa-Diff's latent network: noisy latent, time, conditions to noise and variance code. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -287,7 +287,8 @@ class CoLaDiff(nn.Module):
         super().__init__()
         self.config = dict(n_sources=n_sources, n_targets=n_targets, n_noise=n_noise, factor=factor, base_channels=base_channels,
             multipliers=_listed('multipliers', multipliers), n_blocks=n_blocks, attention_at=_listed('attention_at', attention_at),
-            latent_blocks=latent_blocks, guidance=guidance, gate=gate, filtering=filtering, conditioning=conditioning, n_transformers=n_transformers)
+            latent_blocks=latent_blocks, guidance=guidance, gate=gate, filtering=filtering, conditioning=conditioning,
+            n_transformers=n_transformers)
         _check_settings(self.config)
         self.groups = condition_groups(n_sources, guidance)
         self.encoder = condition_encoder(self.groups, self.config) if self.groups else None
