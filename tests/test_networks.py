@@ -242,7 +242,7 @@ def test_10_bf16_and_recomputed_activations_agree(record, config):
 def test_11_illegal_input_is_refused_in_words(record, config):
     net, (x, *more), m = build(record, config), inputs(record, config), record.inputs.multiple
     wrong = {'channels': torch.cat([x, x[:, :1]], 1), 'batch axis': x[0], 'floating': x.long(), 'h, w': 'a string',
-        'at least': x[..., :record.inputs.smallest-m], 'one image or more': x[:0]}
+        'at least': x[..., :record.inputs.smallest-m], 'at least one image': x[:0]}
     if m > 1: wrong['divisible by'] = x[..., :-1]
     for said, bad in wrong.items():
         with pytest.raises(ValueError, match=said): net(bad, *more)

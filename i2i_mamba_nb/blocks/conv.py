@@ -172,7 +172,7 @@ def activation_checkpointing(
     for m in stages: m.recompute = bool(on)
     return network
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #23a0af01
+# %% ../../nbs/4_blocks/40_conv.ipynb #205543ba
 def check_images(
     x,                  # what was given to a network
     channels,           # channels it takes
@@ -185,7 +185,7 @@ def check_images(
     shape = tuple(getattr(x, 'shape', ()))
     def bad(expected, hint): raise ShapeError(f'images for {who}', given=f'shape {shape}', expected=expected, hint=hint)
     if not isinstance(x, Tensor) or x.ndim != 4: bad(f'a tensor (b, {channels}, h, w)', 'Add the batch axis with x[None].')
-    if x.shape[0] == 0: bad('one image or more', 'An empty batch has nothing to give: leave it out.')
+    if x.shape[0] == 0: bad('at least one image', 'This is an empty batch: leave it out.')
     if x.shape[1] != channels: bad(f'{channels} channels', 'One channel per source; set the number when the network is built.')
     if not x.is_floating_point(): bad(f'floating values, not {x.dtype}', 'Convert with x.float() and scale to [-1, 1].')
     if any(n % multiple or n < smallest for n in shape[2:]):

@@ -4,7 +4,7 @@
 __all__ = ['FUSIONS', 'JointStage', 'MambaBlock', 'per_stream', 'own', 'check_streams', 'StreamStage', 'check_share',
            'swap_channels', 'ChannelSwapMamba', 'reading', 'by_others', 'CrossMamba', 'CrossModalMamba', 'heard',
            'SwapOnly', 'show_reading', 'DynamicLocalConv', 'difference_attention', 'DynamicEnhancement',
-           'Concatenation', 'Merge', 'conv_pair', 'check_filled', 'Fusion']
+           'Concatenation', 'Merge', 'conv_pair', 'Fusion']
 
 # %% ../../nbs/4_blocks/45_fusion.ipynb #3f721390
 import contextlib
@@ -310,17 +310,7 @@ def conv_pair(
     def conv(a, b): return nn.Conv2d(a, b, 3, padding=1, padding_mode='reflect')
     return nn.Sequential(conv(c_in, c_between), nn.LeakyReLU(.2), conv(c_between, c_out), last)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #191f6dd3
-def check_filled(
-    x,                  # images, already checked
-    who,                # for the message
-):
-    "Raise ShapeError where a batch has no image"
-    if x.shape[0] == 0:
-        raise ShapeError(f'images for {who}', given=f'shape {tuple(x.shape)}, an empty batch', expected='at least one image',
-            hint='Leave empty batches out.')
-
-# %% ../../nbs/4_blocks/45_fusion.ipynb #033fc6f7
+# %% ../../nbs/4_blocks/45_fusion.ipynb #dcf6a5b5
 class Fusion(nn.Module):
     "Fuses images: (b, n, h, w) to (b, n_out, h, w), in (-1, 1) unless 'concatenation', a bare 1x1. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -352,7 +342,7 @@ class Fusion(nn.Module):
         self.refine, self.tail = blocks(), conv_pair(c, c, n_out, nn.Tanh())
 
     def forward(self, x: Float[Tensor, "b n h w"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.n_sources, multiple=1, smallest=2, who='Fusion'), check_filled(x, 'Fusion')
+        check_images(x, self.n_sources, multiple=1, smallest=2, who='Fusion')
         if self.fusion == 'concatenation': return self.mix(x)
         streams = [own(self.heads, i)(x[:, i:i+1]) for i in range(self.n_sources)]      # n of b c h w
         streams = [own(self.blocks, i)(f) for i, f in enumerate(streams)]

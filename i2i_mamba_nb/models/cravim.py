@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['TRUNKS', 'DECODERS', 'VARIANTS', 'WEIGHTS_OF', 'GATE_OF', 'CHOICES', 'SMALLEST', 'RECORD', 'block_of', 'trunk_of',
-           'PlainDecoder', 'decoder_of', 'encoders', 'check_settings', 'check_batch', 'CRAViM', 'stages', 'show_stages',
-           'fits', 'translated', 'load_released']
+           'PlainDecoder', 'decoder_of', 'encoders', 'check_settings', 'CRAViM', 'stages', 'show_stages', 'fits',
+           'translated', 'load_released']
 
-# %% ../../nbs/5_models/52_cravim.ipynb #be468df1
+# %% ../../nbs/5_models/52_cravim.ipynb #b2f4a0cc
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..blocks.conv import AT_TEST, building, check_images
 from ..blocks.evss import GATES, MIXERS, AttentionDecoder, EVSSBlock, Mixture, PlainResidual, normed, partner_images, partners, up_head
-from ..core import CheckpointError, ConfigError, Inputs, Network, ShapeError, check_choice, register, show_images
+from ..core import CheckpointError, ConfigError, Inputs, Network, check_choice, register, show_images
 from .i2i_mamba import Released, _faults, _unprefixed, features
 
 # %% ../../nbs/5_models/52_cravim.ipynb #14708052
@@ -73,7 +73,7 @@ def encoders(
     return (nn.Sequential(nn.ReflectionPad2d(3), *normed(nn.Conv2d(n_images, c, 7))),
         nn.Sequential(*normed(nn.Conv2d(c, 2*c, 3, 2, 1))), nn.Sequential(*normed(nn.Conv2d(2*c, 4*c, 3, 2, 1))))
 
-# %% ../../nbs/5_models/52_cravim.ipynb #cb19b398
+# %% ../../nbs/5_models/52_cravim.ipynb #93e1a432
 CHOICES = dict(variant=VARIANTS, trunk=TRUNKS, mixer=MIXERS, gate=(None, *GATES), decoder=DECODERS, norm_at_test=AT_TEST)
 SMALLEST = dict(n_sources=1, n_noise=0, n_targets=1, n_extra=0, base_channels=1, n_blocks=1, n_maps=2, n_spare=0)
 
@@ -89,15 +89,7 @@ def check_settings(
             raise ConfigError(f'{name} of CRAViM', given=repr(value), expected=f'a whole number of at least {smallest}',
                 hint='Use an int such as 2.')
 
-def check_batch(
-    x,                  # what was given
-    channels,           # channels expected
-):
-    "Raise ShapeError unless x is a batch of images of legal size with at least one image"
-    check_images(x, channels, who='CRAViM')
-    if not len(x): raise ShapeError('images for CRAViM', given='an empty batch', expected='at least one image', hint='Drop it.')
-
-# %% ../../nbs/5_models/52_cravim.ipynb #f6041050
+# %% ../../nbs/5_models/52_cravim.ipynb #518ea582
 class CRAViM(nn.Module):
     "CRAViM's generator: cat(sources, noisy images) (b, i, h, w) to images (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -129,7 +121,7 @@ class CRAViM(nn.Module):
 
     def encoded(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b c p q"]:
         "What the decoder is given"
-        check_batch(x, self.config['n_sources']+self.config['n_noise'])
+        check_images(x, self.config['n_sources']+self.config['n_noise'], who='CRAViM')
         f = self.encoder_2(self.encoder_1(x))                       # b  128  h/2  w/2    Eq. 1
         f = self.encoder_3(f)                                       # b  256  h/4  w/4    Eq. 1
         return self.trunk(f)                                        # b  256  h/4  w/4

@@ -5,7 +5,7 @@ __all__ = ['PARTS', 'DECODERS', 'RECORD', 'PlainStage', 'rhmb', 'check_without',
            'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'check_sources', 'fused',
            'show_decoder', 'decoded_size', 'decoder_of', 'decode', 'decode_at']
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #d9452b01
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #f958cb49
 import math
 
 import torch
@@ -17,7 +17,7 @@ from ..blocks.cmmamba import bottleneck_stage, count
 from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, up_stage
 from ..blocks.inr import INRB, PixelDecoder, PlainMLP, check_hidden
 from ..blocks.multiscale import MFEB, MFM, Addition, ConcatConv, check_modulation, check_scales
-from ..core import ConfigError, Inputs, Network, ShapeError, check_choice, plain_fit, register, show_images
+from ..core import ConfigError, Inputs, Network, check_choice, plain_fit, register, show_images
 from .i2i_mamba import features, mamba_stages
 
 # %% ../../nbs/5_models/51_hmf_mambainr.ipynb #e07a60b3
@@ -191,7 +191,7 @@ class HMFMambaINR(nn.Module):
     def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return torch.tanh(self.image(self.features(X), tuple(X.shape[2:])))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #169a80a6
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #ebf38a73
 def check_sources(
     X,                  # what was given
     config,             # settings of the network
@@ -200,8 +200,6 @@ def check_sources(
     p = config['patch_size']
     who = 'HMFMambaINR'+(f' with patch_size={p}' if p > 1 else '')
     check_images(X, config['n_sources'], multiple=4*p, who=who)
-    if not len(X):
-        raise ShapeError(f'images for {who}', given=f'shape {tuple(X.shape)}', expected='at least one image', hint='Leave it out.')
 
 # %% ../../nbs/5_models/51_hmf_mambainr.ipynb #f091b979
 def fused(

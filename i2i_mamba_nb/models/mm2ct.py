@@ -5,7 +5,7 @@ __all__ = ['MULTIPLIERS', 'RECORD', 'ResNetBlock', 'ResNetGenerator', 'Row', 'un
            'unet_layers', 'DiffusiveUNet', 'MM2CT', 'example', 'diffusive_fit', 'stages_of', 'maps_of', 'show_maps',
            'diffusive_field']
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #135f3a3c
+# %% ../../nbs/5_models/53_mm2ct.ipynb #e6f62bc4
 import math
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..blocks.conditioning import TimeEmbedding, norm_groups
 from ..blocks.conv import BatchNorm, Stage, brain_slice, building, check_further, check_images, check_positive
 from ..blocks.diffusive import DiffusiveBlock, LatentMap, PyramidConv, as_list, check_scale, scaled, silu
-from ..blocks.fusion import Fusion, check_filled
+from ..blocks.fusion import Fusion
 from ..core import ConfigError, Inputs, Network, check_choice, register, show_images
 from ..ssm.scan_orders import DIRECTIONS, check_directions
 
@@ -45,7 +45,7 @@ class ResNetBlock(Stage):
 
     def body(self, f): return f+self.layers(f)
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #5f218d47
+# %% ../../nbs/5_models/53_mm2ct.ipynb #e9ec9cf9
 class ResNetGenerator(nn.Module):
     "CycleGAN's generator: (b, n_sources, h, w) to (b, n_targets, h, w) in (-1, 1). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -71,7 +71,7 @@ class ResNetGenerator(nn.Module):
         self.tail = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, n_targets, 7), nn.Tanh())
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.config['n_sources'], multiple=4, smallest=8, who='ResNetGenerator'), check_filled(x, 'ResNetGenerator')
+        check_images(x, self.config['n_sources'], multiple=4, smallest=8, who='ResNetGenerator')
         f = self.down_2(self.down_1(self.head(x)))              # b  256  h/4  w/4
         return self.tail(self.up_2(self.up_1(self.blocks(f))))  # b    1  h    w
 
@@ -156,7 +156,7 @@ def unet_layers(
         decoder=nn.ModuleList([block(*r[:4]) for r in up]), norm=nn.GroupNorm(norm_groups(widths[0]), widths[0], eps=1e-6),
         tail=scaled(nn.Conv2d(widths[0], n_out, 3, padding=1), config['start']))
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #055bc9fa
+# %% ../../nbs/5_models/53_mm2ct.ipynb #86a34e0e
 class DiffusiveUNet(nn.Module):
     "SynDiff's diffusive generator: cat(sources, noisy images), time step, random vector to clean images. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -185,7 +185,7 @@ class DiffusiveUNet(nn.Module):
         for layer in (self.time.first, self.time.second): scaled(layer)
 
     def forward(self, x: Float[Tensor, "b i h w"], t: Tensor, z: Float[Tensor, "b n"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.head.in_channels, multiple=32, smallest=32, who='DiffusiveUNet'), check_filled(x, 'DiffusiveUNet')
+        check_images(x, self.head.in_channels, multiple=32, smallest=32, who='DiffusiveUNet')
         check_further(x, 'DiffusiveUNet', time=(t, ()), latent=(z, (self.config['n_latent'],)))
         e, s, p, pyramid = self.time(t), self.latent(z), x, iter(self.pyramid)
         kept = [h := self.head(x)]                                          # b   64  h     w
@@ -198,7 +198,7 @@ class DiffusiveUNet(nn.Module):
             h = block(h if block.resample == 'up' else torch.cat([h, kept.pop()], 1), e, s)
         return torch.tanh(self.tail(silu(self.norm(h))))[:, :self.config['n_targets']]
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #33daf669
+# %% ../../nbs/5_models/53_mm2ct.ipynb #256efa3f
 class MM2CT(nn.Module):
     "Fusion of the sources in front of SynDiff's U-Net: cat(sources, noisy images), time step, random vector to clean images"
     def __init__(self,
@@ -234,7 +234,6 @@ class MM2CT(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i h w"], t: Tensor, z: Float[Tensor, "b n"]) -> Float[Tensor, "b o h w"]:
         check_images(x, self.config['n_sources']+self.config['n_noise'], multiple=32, smallest=32, who='MM2CT')
-        check_filled(x, 'MM2CT')
         check_further(x, 'MM2CT', time=(t, ()), latent=(z, (self.config['n_latent'],)))
         sources, x_t = x.tensor_split([self.config['n_sources']], 1)        # b  2  h  w    and  b  1  h  w
         condition = self.fuse(sources)                                      # b  1  h  w
