@@ -343,7 +343,9 @@ def test_times_that_are_none_are_refused(bad):
 
 @pytest.mark.parametrize('bad', [dict(n_scales=4), dict(n_scales=5, n_layers=2, n_channels=1, base_channels=2, extra=1), dict(n_layers=5)])
 def test_more_scales_or_layers_than_64_pixels_hold_are_refused(bad):
-    if bad.pop('extra', 0): return MultiScalePatchGAN(**bad)(torch.randn(1, 1, 64, 64))
+    if bad.pop('extra', 0):
+        assert len(MultiScalePatchGAN(**bad)(torch.randn(1, 1, 64, 64))) == bad.get('n_scales', 3)
+        return
     with pytest.raises(ConfigError, match='128 pixels'): MultiScalePatchGAN(**bad)
 
 def test_sixty_one_pixels_are_the_least_of_three_scales():

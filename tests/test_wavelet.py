@@ -373,7 +373,7 @@ def test_errors_say_what_to_do():
             (dict(per_channel='no'), 'per_channel'), (dict(per_channel=1), 'per_channel'), (dict(matching=None), 'matching')]:
         with pytest.raises(ConfigError, match=said): CooperativeFilter(**{'channels': 3} | wrong)
     for wrong, said in [(torch.zeros(1, 2, 8, 8), 'expected 3 channels'), (torch.zeros(3, 8, 8), 'batch axis'),
-            (torch.zeros(1, 3, 8, 8).long(), 'floating'), (torch.zeros(0, 3, 8, 8), 'expected one image')]:
+            (torch.zeros(1, 3, 8, 8).long(), 'floating'), (torch.zeros(0, 3, 8, 8), 'expected at least one image')]:
         with pytest.raises(ShapeError, match=said): CooperativeFilter(3)(wrong)
     with pytest.raises(ShapeError, match='images for dwt'): dwt(torch.zeros(1, 1, 4, 4).long())
     with pytest.raises(ShapeError, match='images for dwt'): dwt(torch.zeros(1, 1, 0, 4))
