@@ -1,8 +1,13 @@
 "Fixtures that several suites share, and the counts of the fuzz suites at the end of a run"
+import signal
+
 import pytest
 from samples import build
 
 from i2i_mamba_nb.data.archives import propose_manifest
+
+# a shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLUMNS = ('malformed', 'mutations', 'flips', 'truncations', 'bombs', 'refused', 'unchanged', 'silent changes')
 TALLY, EXTREMES = {}, {}
