@@ -736,6 +736,6 @@ def test_record():
             assert net(*(v.to('meta') for v in given(net, (64, 64), 1))).shape == (1, 8, 64, 64)
 
 def test_effective_fields_see_everything():
-    latent, conditions = cola.effective_fields(build(1), size=16, n=1)
+    latent, conditions = cola.latent_fields(build(1), size=16, n=1)
     assert latent.shape == (16, 16) and conditions.shape == (32, 32)
     assert latent.min() > 0 and conditions.min() > 0 and latent.argmax() in [16*8+8+k for k in (-17, -16, -15, -1, 0, 1, 15, 16, 17)]

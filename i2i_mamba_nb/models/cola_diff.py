@@ -5,9 +5,9 @@ __all__ = ['START', 'GUIDANCE', 'LATENT_BLOCKS', 'CONDITIONING', 'PLAIN', 'RECOR
            'GridAttention', 'Step', 'Down', 'condition_groups', 'StepPlan', 'way_down', 'way_up', 'down_step',
            'up_step', 'LatentUNet', 'condition_encoder', 'CoLaDiff', 'condition_channels', 'conditions', 'features',
            'brain_inputs', 'show_features', 'example_time', 'example_condition', 'image_channels', 'fit_pixels',
-           'effective_fields']
+           'latent_fields']
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #212fbf33
+# %% ../../nbs/5_models/54_cola_diff.ipynb #18fe6b0f
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks.conditioning import GATES, ConditionEncoder, TimeEmbedding, WideBottleneck, attend, n_heads
 from ..blocks.conditioning import norm_groups, normed, place_code, structural_guidance, template_tissue
-from ..blocks.conv import brain_slice, building, check_further, check_images, check_positive
+from ..blocks.conv import brain_slice, building, check_further, check_images, check_positive, effective_fields, outputs_of
 from ..blocks.fusion import JointStage
 from ..blocks.wavelet import CooperativeFilter
 from ..core import ConfigError, Inputs, Network, ShapeError, check_choice, register, show_images, torch_rng
@@ -354,20 +354,14 @@ def conditions(
                 hint="Prepare with the steps 'guided', or build the network with another guidance.")
     return sources if wanted == 'none' else structural_guidance(sources, tissue, tumour=tumour)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #e7fb418f
+# %% ../../nbs/5_models/54_cola_diff.ipynb #05b5c750
 def features(
     network,            # a CoLaDiff
     *inputs,            # what it takes
 ):
     "dict part -> its output, in the order of the figure"
-    seen = {}
-    def keep(name): return lambda module, args, out: seen.__setitem__(name, out.detach())
-    hooks = [m.register_forward_hook(keep(n)) for n, m in network.named_modules() if n.count('.') <= 3 and not isinstance(m, nn.ModuleList)]
-    try:
-        with torch.no_grad(): network(*inputs)
-    finally:
-        for h in hooks: h.remove()
-    return seen
+    parts = {n: m for n, m in network.named_modules() if n.count('.') <= 3 and not isinstance(m, nn.ModuleList)}
+    return outputs_of(network, *inputs, parts=parts)
 
 # %% ../../nbs/5_models/54_cola_diff.ipynb #2a80c22f
 def brain_inputs(
@@ -431,8 +425,8 @@ RECORD = register(Network(
         no_filtering=dict(filtering=False), plain=PLAIN, cross_attention=dict(conditioning='cross')),
 ))
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #54468a80
-def effective_fields(
+# %% ../../nbs/5_models/54_cola_diff.ipynb #e1febfb5
+def latent_fields(
     network,            # a CoLaDiff
     size=32,            # height and width of the latent
     *,
@@ -441,7 +435,6 @@ def effective_fields(
 ):
     "Mean size of the gradient of the middle output with respect to the latent and to the conditions, each (h, w)"
     c, rng = network.config, torch_rng(seed, 'field')
-    kappa = torch.randn(n, c['n_noise'], size, size, generator=rng).requires_grad_()
-    b = example_condition(c, n, (size, size), rng).requires_grad_()
-    network(kappa, torch.full((n,), 500), b)[:, :c['n_noise'], size//2, size//2].sum().backward()
-    return kappa.grad.abs().mean((0, 1)), b.grad.abs().mean((0, 1))
+    kappa = torch.randn(n, c['n_noise'], size, size, generator=rng)
+    fields = effective_fields(network, kappa, torch.full((n,), 500), example_condition(c, n, (size, size), rng), channels=c['n_noise'])
+    return [E.mean(0) for E in fields]

@@ -5,7 +5,7 @@ __all__ = ['TRUNKS', 'DECODERS', 'VARIANTS', 'WEIGHTS_OF', 'GATE_OF', 'CHOICES',
            'PlainDecoder', 'decoder_of', 'encoders', 'check_settings', 'CRAViM', 'stages', 'show_stages', 'fits',
            'translated', 'load_released']
 
-# %% ../../nbs/5_models/52_cravim.ipynb #b2f4a0cc
+# %% ../../nbs/5_models/52_cravim.ipynb #f0962c50
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..blocks.conv import AT_TEST, building, check_images
+from ..blocks.conv import AT_TEST, building, check_images, outputs_of
 from ..blocks.evss import GATES, MIXERS, AttentionDecoder, EVSSBlock, Mixture, PlainResidual, normed, partner_images, partners, up_head
 from ..core import CheckpointError, ConfigError, Inputs, Network, check_choice, register, show_images
-from .i2i_mamba import Released, _faults, _unprefixed, features
+from .i2i_mamba import Released, _faults, _unprefixed
 
 # %% ../../nbs/5_models/52_cravim.ipynb #14708052
 TRUNKS, DECODERS, VARIANTS = ('evss', 'residual'), ('attention', 'contents', 'plain'), ('paper', 'released')
@@ -134,16 +134,16 @@ class CRAViM(nn.Module):
         if self.config['decoder'] != 'plain': return self.decoder.mixture(self.encoded(x), partner_images(x, self.partners))
         raise ConfigError('mixture', given="decoder='plain'", expected="decoder='attention'", hint='A plain decoder has no maps.')
 
-# %% ../../nbs/5_models/52_cravim.ipynb #6be17d5c
+# %% ../../nbs/5_models/52_cravim.ipynb #c94051cd
 def stages(
     network,            # a CRAViM
     x,                  # cat(sources, noisy images) (b, i, h, w)
 ):
     "dict stage -> its output, in the order of the figure"
-    seen = features(network, x)
+    seen = outputs_of(network, x)
     del seen['trunk']
     output = seen.pop('decoder')
-    return {**seen, **features(network.trunk, seen['encoder_3']), 'output': output}
+    return {**seen, **outputs_of(network.trunk, seen['encoder_3']), 'output': output}
 
 # %% ../../nbs/5_models/52_cravim.ipynb #02583996
 def show_stages(

@@ -5,7 +5,7 @@ __all__ = ['PARTS', 'DECODERS', 'RECORD', 'PlainStage', 'rhmb', 'check_without',
            'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'check_sources', 'fused',
            'show_decoder', 'decoded_size', 'decoder_of', 'decode', 'decode_at']
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #f958cb49
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #082595de
 import math
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from ..blocks.cmmamba import bottleneck_stage, count
-from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, up_stage
+from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, outputs_of, up_stage
 from ..blocks.inr import INRB, PixelDecoder, PlainMLP, check_hidden
 from ..blocks.multiscale import MFEB, MFM, Addition, ConcatConv, check_modulation, check_scales
 from ..core import ConfigError, Inputs, Network, check_choice, plain_fit, register, show_images
-from .i2i_mamba import features, mamba_stages
+from .i2i_mamba import mamba_stages
 
 # %% ../../nbs/5_models/51_hmf_mambainr.ipynb #e07a60b3
 class PlainStage(Stage):
@@ -224,13 +224,13 @@ def fused(
 
 HMFMambaINR.features = fused
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #5a12747e
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #34a1e98e
 def show_decoder(
     network,            # an HMFMambaINR
     X,                  # sources (1, I, h, w)
 ):
     "The liveliest channel of the three RHMBs, of MFEB, and of the decoder's parts; returns the figure"
-    maps = features(network, X)
+    maps = outputs_of(network, X)
     names = [f'bottleneck_{j}' for j in sorted(mamba_stages(network.config['n_stages']))]
     names += ['mfeb', 'side_1', 'decoder_1', 'mfm_1', 'side_2', 'decoder_2', 'mfm_2', 'side_3', 'decoder_3', 'mfm_3', 'image']
     shown = {f'{n}\n{tuple(maps[n].shape[1:])}': maps[n][0, maps[n][0].std((1, 2)).argmax()] for n in names}

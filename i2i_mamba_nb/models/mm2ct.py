@@ -5,7 +5,7 @@ __all__ = ['MULTIPLIERS', 'RECORD', 'ResNetBlock', 'ResNetGenerator', 'Row', 'un
            'unet_layers', 'DiffusiveUNet', 'MM2CT', 'example', 'diffusive_fit', 'stages_of', 'maps_of', 'show_maps',
            'diffusive_field']
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #e6f62bc4
+# %% ../../nbs/5_models/53_mm2ct.ipynb #608b231e
 import math
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..blocks.conditioning import TimeEmbedding, norm_groups
-from ..blocks.conv import BatchNorm, Stage, brain_slice, building, check_further, check_images, check_positive
+from ..blocks.conv import BatchNorm, Stage, brain_slice, building, check_further, check_images, check_positive, effective_fields, outputs_of
 from ..blocks.diffusive import DiffusiveBlock, LatentMap, PyramidConv, as_list, check_scale, scaled, silu
 from ..blocks.fusion import Fusion
 from ..core import ConfigError, Inputs, Network, check_choice, register, show_images
@@ -289,20 +289,13 @@ def stages_of(
     parts = {p: network.unet.get_submodule(p) for p in ('encoder', 'middle', 'decoder')}
     return dict(condition=network.fusion, head=network.unet.head) | {f'{p}_{k}': m for p, part in parts.items() for k, m in enumerate(part)}
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #e41b52df
+# %% ../../nbs/5_models/53_mm2ct.ipynb #f8e720d4
 def maps_of(
     network,            # an MM2CT
     *given,             # x, t, z: sources and noise, time steps, random vectors
 ):
     "dict name -> output of every stage, in the order of the forward pass"
-    seen = {}
-    def keep(name): return lambda module, args, out: seen.__setitem__(name, out.detach())
-    hooks = [m.register_forward_hook(keep(n)) for n, m in stages_of(network).items()]
-    try:
-        with torch.no_grad(): seen['out'] = network(*given)
-    finally:
-        for h in hooks: h.remove()
-    return seen | {'out': seen.pop('out')}
+    return outputs_of(network, *given, parts=stages_of(network) | dict(out=network))
 
 # %% ../../nbs/5_models/53_mm2ct.ipynb #d0d7d544
 def show_maps(
@@ -318,7 +311,7 @@ def show_maps(
     shown = [m[0, m[0].std((1, 2)).argmax() if n != 'first source' else 0] for n, m in chosen.items()]
     return show_images(shown, list(chosen), ncols=6, size=1.25)
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #bb38bdfc
+# %% ../../nbs/5_models/53_mm2ct.ipynb #b529588f
 def diffusive_field(
     network,            # takes x, t, z; has config
     n_images,           # channels of x
@@ -329,8 +322,6 @@ def diffusive_field(
     "Mean size of the gradient of the middle output pixel with respect to every pixel of every input image, largest value 1"
     from i2i_mamba_nb.core import torch_rng
     rng = torch_rng(seed, 'field')
-    x = torch.randn(n, n_images, size, size, generator=rng).requires_grad_()
-    z = torch.randn(n, network.config['n_latent'], generator=rng)
-    network(x, torch.full((n,), 2), z)[:, 0, size//2, size//2].sum().backward()
-    E = x.grad.abs().mean(0)
+    x, z = torch.randn(n, n_images, size, size, generator=rng), torch.randn(n, network.config['n_latent'], generator=rng)
+    E, = effective_fields(network, x, torch.full((n,), 2), z)
     return E/E.amax((1, 2), keepdim=True)
