@@ -177,19 +177,25 @@ def sha256(path):
     "Hexadecimal SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/0_start/01_core.ipynb #e9815e84
+# %% ../nbs/0_start/01_core.ipynb #fce93d29
 def _one_image(config, size): return (1, *size)
+def _as_it_is(config): return 1
 
 @dataclass(frozen=True)
 class Inputs:
-    "What a network takes: x (b, channels, h, w) with h and w multiples of `multiple`, then further inputs; and the shape it gives"
+    "What a network takes: x (b, channels, h, w) with h and w as `sides` says, then further inputs; and the shape it gives"
     channels: Callable                      # config dict -> number of input channels
     multiple: int = 4                       # h and w are divisible by it
     smallest: int = 16                      # smallest legal h and w
+    patch: Callable = _as_it_is             # config dict -> factor of both, where tokens are patches
     low: float = -1.                        # range of the values
     high: float = 1.
     shape: Callable = _one_image            # (config, (h, w)) -> shape of the output without its batch axis; a list where it gives several
     further: dict = field(default_factory=dict)     # name ('time', 'latent', ...) -> (config, b, (h, w), generator) -> tensor, as example
+
+    def sides(self, config):
+        "(what h and w are divisible by, the least they may be) under a configuration"
+        return self.multiple*self.patch(config), self.smallest*self.patch(config)
 
 # %% ../nbs/0_start/01_core.ipynb #33c74970
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def small(name, spec, seed=0, **config):
 
 def given(net, b=2, wider=1, seed=0):
     "What the recipe gives: images not square, times, random vectors"
-    rng, spec, m = torch.Generator().manual_seed(seed), net.spec, net.inputs.multiple
-    h = m*-(-net.inputs.smallest//m)
+    rng, spec, m = torch.Generator().manual_seed(seed), net.spec, net.multiple
+    h = m*-(-net.smallest//m)
     x = torch.randn(b, spec.sources+spec.noise, h, h+wider*m, generator=rng)
     t = torch.randint(0, spec.steps, (b,), generator=rng) if spec.steps else None
     return x, t, torch.randn(b, spec.latent, generator=rng) if spec.latent else None

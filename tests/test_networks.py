@@ -27,22 +27,23 @@ def build(record, config, seed=0):
     torch.manual_seed(seed)
     return record.build(**config)
 
-def odd_sizes(record):
+def odd_sizes(record, config):
     "Two legal sizes, as small as may be: not square, odd multiples"
-    m, s = record.inputs.multiple, -(-record.inputs.smallest//record.inputs.multiple)
+    m, smallest = record.inputs.sides(config)
+    s = -(-smallest//m)
     s += 1-s % 2
     return ((s*m, (s+2)*m), ((s+4)*m, s*m))
 
 def images(record, config, b=2, size=None, seed=1):
     "Random images inside the record's range"
-    h, w = size or odd_sizes(record)[0]
+    h, w = size or odd_sizes(record, config)[0]
     x = torch.rand(b, record.inputs.channels(config), h, w, generator=torch.Generator().manual_seed(seed))
     return record.inputs.low+(record.inputs.high-record.inputs.low)*x
 
 def further(record, config, b=2, size=None, seed=1):
     "Examples of what the network takes beside images"
     rng = torch.Generator().manual_seed(seed)
-    return [f(config, b, size or odd_sizes(record)[0], rng) for f in record.inputs.further.values()]
+    return [f(config, b, size or odd_sizes(record, config)[0], rng) for f in record.inputs.further.values()]
 
 def inputs(record, config, b=2, size=None, seed=1):
     "Everything the network takes"
@@ -98,7 +99,7 @@ def test_01_builds_from_its_record(record, config):
 @every
 def test_02_right_shape_and_dtype_on_two_odd_sizes(record, config):
     net = build(record, config)
-    for size in odd_sizes(record):
+    for size in odd_sizes(record, config):
         for dtype in (torch.float32, torch.float64):
             out = tensors(net.to(dtype)(*to(dtype, inputs(record, config, 3, size))))
             assert [tuple(o.shape) for o in out] == [(3, *s) for s in shapes(record, config, size)]
@@ -156,8 +157,8 @@ def separate(net, real, fake, more, steps=300):
 
 @every
 def test_05_overfits_one_pair(record, config):
-    net, c, m = build(record, config), record.inputs.channels(config), record.inputs.multiple
-    side = -(-max(24, record.inputs.smallest)//m)*m
+    net, c, (m, smallest) = build(record, config), record.inputs.channels(config), record.inputs.sides(config)
+    side = -(-max(24, smallest)//m)*m
     if record.kind == 'discriminator':
         side = max(side, 32)
         real, more = smooth(1, c, side, 2), further(record, config, 1, (side, side))
@@ -240,9 +241,9 @@ def test_10_bf16_and_recomputed_activations_agree(record, config):
 
 @every
 def test_11_illegal_input_is_refused_in_words(record, config):
-    net, (x, *more), m = build(record, config), inputs(record, config), record.inputs.multiple
+    net, (x, *more), (m, smallest) = build(record, config), inputs(record, config), record.inputs.sides(config)
     wrong = {'channels': torch.cat([x, x[:, :1]], 1), 'batch axis': x[0], 'floating': x.long(), 'h, w': 'a string',
-        'at least': x[..., :record.inputs.smallest-m], 'at least one image': x[:0]}
+        'at least': x[..., :smallest-m], 'at least one image': x[:0]}
     if m > 1: wrong['divisible by'] = x[..., :-1]
     for said, bad in wrong.items():
         with pytest.raises(ValueError, match=said): net(bad, *more)

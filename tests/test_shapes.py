@@ -37,8 +37,9 @@ assert cross_merge(cross_scan(torch.randn(2, 4, 3, 5), parts), 3, 5, parts).shap
     networks='''
 for record, switch in ((r, s) for r in networks().values() for s in ({}, *r.ablations.values())):
     config, wanted = record.smallest | switch, record.inputs
-    side = -(-wanted.smallest//wanted.multiple)*wanted.multiple
-    size = (side, side+wanted.multiple)
+    multiple, smallest = wanted.sides(config)
+    side = -(-smallest//multiple)*multiple
+    size = (side, side+multiple)
     more = [f(config, 1, size, torch.Generator().manual_seed(0)) for f in wanted.further.values()]
     out = record.build(**config)(torch.randn(1, wanted.channels(config), *size), *more)
     shape = wanted.shape(config, size)

@@ -4,36 +4,35 @@
 __all__ = ['VARIANTS', 'MIXERS', 'patches', 'unpatches', 'TokenNorm', 'CmMamba', 'count', 'PaperStage', 'MambaLayer',
            'Compression', 'ReleasedStage', 'ConvMixer', 'bottleneck_stage', 'reach', 'show_reach']
 
-# %% ../../nbs/4_blocks/41_cmmamba.ipynb #dc28558c
+# %% ../../nbs/4_blocks/41_cmmamba.ipynb #faa9e996
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .conv import ResidualBlock, ResidualCNN, Stage, norm_layer
-from ..core import ConfigError, check_choice, show_images
+from .conv import ResidualBlock, ResidualCNN, Stage, check_positive, norm_layer
+from ..core import ConfigError, ShapeError, check_choice, show_images
 from ..ssm.mixers import SS2D, Mamba
 
-# %% ../../nbs/4_blocks/41_cmmamba.ipynb #a9f3be29
+# %% ../../nbs/4_blocks/41_cmmamba.ipynb #8ef6fcb9
 def patches(
     f: Float[Tensor, "b c h w"],    # feature map
     size,                           # p, pixels
 ) -> Float[Tensor, "b d r s"]:
-    "Non-overlapping patches as channels: d = c p p, r = ceil(h/p), s = ceil(w/p)"
+    "Non-overlapping patches as channels: d = c p p, r = h/p, s = w/p. Raises ShapeError"
     if size == 1: return f
-    h, w = f.shape[2:]
-    f = F.pad(f, (0, -w % size, 0, -h % size), mode='replicate')
+    if any(n % size for n in f.shape[2:]):
+        raise ShapeError('feature map', given=f'shape {tuple(f.shape)}', expected=f'height and width divisible by patches of {size}',
+            hint='Pad or crop the images first, or choose patch_size=1.')
     return rearrange(f, 'b c (r p) (s q) -> b (c p q) r s', p=size, q=size)
 
 def unpatches(
     z: Float[Tensor, "b d r s"],    # patches
     size,                           # p, pixels
-    shape,                          # (h, w) of the feature map
 ) -> Float[Tensor, "b c h w"]:
     "The feature map that `patches` cut up"
-    if size == 1: return z
-    return rearrange(z, 'b (c p q) r s -> b c (r p) (s q)', p=size, q=size)[:, :, :shape[0], :shape[1]]
+    return z if size == 1 else rearrange(z, 'b (c p q) r s -> b c (r p) (s q)', p=size, q=size)
 
 # %% ../../nbs/4_blocks/41_cmmamba.ipynb #909f6e06
 class TokenNorm(nn.LayerNorm):
@@ -41,7 +40,7 @@ class TokenNorm(nn.LayerNorm):
     def forward(self, f: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return rearrange(super().forward(rearrange(f, 'b c h w -> b h w c')), 'b h w c -> b c h w')
 
-# %% ../../nbs/4_blocks/41_cmmamba.ipynb #9593ce0e
+# %% ../../nbs/4_blocks/41_cmmamba.ipynb #2c663cd7
 class CmMamba(nn.Module):
     "Channel-mixed Mamba block, Eq. 4 to 9"
     def __init__(self,
@@ -65,7 +64,7 @@ class CmMamba(nn.Module):
     def forward(self, f: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         z_in = patches(f, self.patch_size)
         z_ssm = z_in+self.mixer(self.norm(z_in))                        # Eq. 8, with Eq. 4 and 5 inside
-        z_ssm = unpatches(z_ssm, self.patch_size, f.shape[2:])
+        z_ssm = unpatches(z_ssm, self.patch_size)
         return self.cm_conv(z_ssm)+self.conv(z_ssm)                     # Eq. 9
 
 # %% ../../nbs/4_blocks/41_cmmamba.ipynb #94e73b12
@@ -150,7 +149,7 @@ class ConvMixer(nn.Module):
 
     def forward(self, f: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return self.body(f)
 
-# %% ../../nbs/4_blocks/41_cmmamba.ipynb #4efb1b7e
+# %% ../../nbs/4_blocks/41_cmmamba.ipynb #18127799
 VARIANTS, MIXERS = ('paper', 'released'), ('mamba', 'none', 'matched')
 
 def bottleneck_stage(
@@ -163,6 +162,7 @@ def bottleneck_stage(
 ):
     "One stage of the bottleneck, Eq. 3. Raises ConfigError"
     check_choice('variant', variant, VARIANTS), check_choice('mixer', mixer, MIXERS)
+    check_positive('bottleneck_stage', channels=channels, patch_size=patch_size)
     if variant == 'released' and patch_size != 1:
         raise ConfigError('patch_size of the released variant', given=patch_size, expected='1', hint='Choose variant="paper" for patches.')
     if mixer == 'none': return ResidualCNN(channels, **norms)

@@ -332,7 +332,7 @@ def condition_stem(
     for stride in strides: layers += [nn.SiLU(), nn.Conv2d(c_out, c_out, 3, stride, 1)]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/4_blocks/47_conditioning.ipynb #6591c189
+# %% ../../nbs/4_blocks/47_conditioning.ipynb #122e1a3f
 class ConditionEncoder(nn.Module):
     "Conditions (b, k, f h, f w) to y (b, c, h, w) on the latent grid, weighed: Fig. 1 D and E. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -358,7 +358,7 @@ class ConditionEncoder(nn.Module):
         self.weigh = AutoWeight(c, activation=gate) if check_choice('gate', gate, GATES) != 'none' else nn.Identity()
 
     def mix(self, y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        "The transformer blocks, on tokens; they know the places, what they return does not carry the code"
+        "The transformer blocks, on tokens; a code tells them the places, and the code itself is taken off again"
         if not len(self.blocks): return y
         z = self.tokens(y) if self.tokens else y
         h, w = z.shape[2:]

@@ -172,7 +172,7 @@ def activation_checkpointing(
     for m in stages: m.recompute = bool(on)
     return network
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #c037b8d5
+# %% ../../nbs/4_blocks/40_conv.ipynb #55f54b45
 def outputs_of(
     network,            # module that is called
     *inputs,            # what it takes
@@ -183,25 +183,26 @@ def outputs_of(
     def keep(name): return lambda module, args, out: seen.__setitem__(name, out.detach())
     hooks = [m.register_forward_hook(keep(n)) for n, m in (parts or dict(network.named_children())).items()]
     try:
-        with torch.no_grad(): network(*inputs)
+        with torch.no_grad(), frozen_statistics(network): network(*inputs)
     finally:
         for h in hooks: h.remove()
     return seen
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #c0bdc1c5
+# %% ../../nbs/4_blocks/40_conv.ipynb #db6b6148
 def effective_fields(
-    network,            # takes the inputs, gives (b o h w)
-    *inputs,            # images (b c h w), each given a field, and whatever else the network takes
+    network,            # module that takes the inputs and gives (b o h w)
+    *inputs,            # images (b c h w), each given a field, and whatever else it takes
     channels=1,         # first channels of the output that count
 ) -> list[Float[Tensor, "c h w"]]:
     "Mean size of the gradient of the middle output pixel with respect to every pixel of each image among the inputs"
-    inputs = [x.detach().requires_grad_() if x.ndim == 4 else x for x in inputs]
+    like = next(network.parameters())
+    inputs = [x.detach().to(like).requires_grad_(x.ndim == 4) if x.is_floating_point() else x.to(like.device) for x in inputs]
     images = [x for x in inputs if x.ndim == 4]
-    y = network(*inputs)
+    with frozen_statistics(network): y = network(*inputs)
     middle = y[:, :channels, y.shape[2]//2, y.shape[3]//2].sum()
     return [g.abs().mean(0) for g in torch.autograd.grad(middle, images)]
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #4381781f
+# %% ../../nbs/4_blocks/40_conv.ipynb #52fa022d
 def check_images(
     x,                  # what was given to a network
     channels,           # channels it takes
@@ -220,7 +221,7 @@ def check_images(
     if any(n % multiple or n < smallest for n in shape[2:]):
         bad(f'height and width divisible by {multiple} and at least {smallest}', 'Pad or crop the slices first.')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #1e877f9a
+# %% ../../nbs/4_blocks/40_conv.ipynb #946c7271
 def check_further(
     x,                  # the images, already checked
     who='the network',  # for the message
@@ -233,7 +234,7 @@ def check_further(
         raise ShapeError(f'{name} for {who}', given=found, expected=f'a tensor {(len(x), *rest)}, one row per image',
             hint='Expand one value to the batch: t.expand(len(x)).')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #d54e9169
+# %% ../../nbs/4_blocks/40_conv.ipynb #e2737a99
 def check_positive(
     who,                # for the message
     **settings,         # name -> value
@@ -243,7 +244,7 @@ def check_positive(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f'{name} of {who}', given=repr(value), expected='a whole number of at least 1', hint='Use an int such as 2.')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #03ff0166
+# %% ../../nbs/4_blocks/40_conv.ipynb #ab9fd45e
 def building(
     network,            # class of a network
 ):

@@ -67,7 +67,7 @@ def show_aliases(
     maps, titles = [rings, plain, small], [f'{size} x {size}', 'every fourth pixel', 'filtered 1 3 3 1']
     return show_images([m[0, 0] for m in maps], titles, limits=(-1, 1), size=2.2)
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #1266007d
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #e4603645
 def check_scale(
     scale,              # what was given
 ):
@@ -84,7 +84,7 @@ def scaled(
     nn.init.zeros_(layer.bias)
     return layer
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #29b3d62d
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #01c59003
 class AdaptiveGroupNorm(nn.Module):
     "Group normalisation whose scale and offset are linear in a style vector"
     def __init__(self,
@@ -116,7 +116,7 @@ class LatentMap(nn.Module):
         for layer in self.layers: z = F.silu(layer(z))
         return z
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #00c3271b
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #52f0a460
 HALF = math.sqrt(.5)
 
 def silu(h): "SiLU; in place where no gradient is wanted"; return F.silu(h, inplace=not torch.is_grad_enabled())
@@ -128,7 +128,7 @@ def halved(
     "conv(x)/sqrt(2): half the variance, by way of the weights"
     return F.conv2d(x, HALF*conv.weight, HALF*conv.bias, padding=conv.padding)
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #1dfb9224
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #f677d3bc
 class PixelAttention(nn.Module):
     "One head of attention over all pixels behind a group normalisation, added to its input, over sqrt(2)"
     def __init__(self,
@@ -145,7 +145,7 @@ class PixelAttention(nn.Module):
         h = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
         return HALF*(x+self.out(h)[:, 0].mT.unflatten(2, x.shape[2:]))
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #3ba67111
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #2613b295
 class DiffusiveBlock(JointStage):
     "BigGAN residual block: time added between its convolutions, style in both normalisations, FIR resampling. Raises ConfigError"
     def __init__(self,
@@ -181,7 +181,7 @@ class DiffusiveBlock(JointStage):
         h = h.add_(x, alpha=HALF) if self.skip is None else h.add_(halved(self.skip, x))
         return h if self.attention is None else self.attention(h)
 
-# %% ../../nbs/4_blocks/48_diffusive.ipynb #68fd0733
+# %% ../../nbs/4_blocks/48_diffusive.ipynb #43391bb1
 class PyramidConv(nn.Module):
     "FIR filter, then a convolution 3 of stride 2"
     def __init__(self,

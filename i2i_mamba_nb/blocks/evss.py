@@ -348,18 +348,18 @@ def _cell(ax, image, title, low, high, cmap='gray', color='k'):
     ax.imshow(image.cpu(), cmap=cmap, vmin=low, vmax=high, interpolation='nearest')
     ax.set_title(title, color=color, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #00a475fd
+# %% ../../nbs/4_blocks/44_evss.ipynb #2c7d93f0
 def show_mixture(
     mixture,            # a Mixture
     output=-1,          # which output image
     *,
-    size=1.1,           # width of one picture, inches
+    size=1.25,          # width of one picture, inches
 ):
     "Maps, terms, whose share is how large at each pixel, and the sum, of the first image of the batch; returns the figure"
     import matplotlib.pyplot as plt
     maps, terms, shares = mixture.maps[0].detach(), mixture.terms[0, :, output].detach(), mixture.shares[0, :, output].detach()
     n = len(maps)
-    fig, axes = plt.subplots(2, n+1, figsize=(size*(n+1), 2*size+.5), dpi=66, layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(2, n+1, figsize=(size*(n+1), 2*size+.5), dpi=80, layout='constrained', squeeze=False)
     for k in range(n):
         _cell(axes[0, k], maps[k], f'$a_{{{k+1}}}$', 0, 1, 'magma', f'C{k % 10}')
         _cell(axes[1, k], terms[k], f'term {k+1}', -1, 1, color=f'C{k % 10}')

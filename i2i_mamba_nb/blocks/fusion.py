@@ -279,7 +279,7 @@ class DynamicEnhancement(StreamStage):
         enhanced = difference_attention(*streams)
         return [own(self.local, i)(f)+e for i, (f, e) in enumerate(zip(streams, enhanced, strict=True))]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #ed06aa50
+# %% ../../nbs/4_blocks/45_fusion.ipynb #568b870c
 FUSIONS = ('full', 'no_cross', 'no_enhancement', 'concatenation')
 
 class Concatenation(StreamStage):
@@ -294,12 +294,12 @@ class Concatenation(StreamStage):
 
     def body(self, *streams): return list(self.mix(torch.cat(streams, 1)).chunk(self.n_out, 1))
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #7977b58f
+# %% ../../nbs/4_blocks/45_fusion.ipynb #ab29fc5b
 class Merge(nn.Module):
     "Mean of the streams"
     def forward(self, *streams): return [sum(streams)/len(streams)]
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #38940773
+# %% ../../nbs/4_blocks/45_fusion.ipynb #ea85fa61
 def conv_pair(
     c_in,               # channels in
     c_between,          # channels between
@@ -310,7 +310,7 @@ def conv_pair(
     def conv(a, b): return nn.Conv2d(a, b, 3, padding=1, padding_mode='reflect')
     return nn.Sequential(conv(c_in, c_between), nn.LeakyReLU(.2), conv(c_between, c_out), last)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #dcf6a5b5
+# %% ../../nbs/4_blocks/45_fusion.ipynb #8598e0ae
 class Fusion(nn.Module):
     "Fuses images: (b, n, h, w) to (b, n_out, h, w), in (-1, 1) unless 'concatenation', a bare 1x1. Raises ConfigError, ShapeError"
     def __init__(self,

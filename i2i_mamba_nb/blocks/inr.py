@@ -72,7 +72,7 @@ def positional_code(
     fade = torch.sinc(octave*(width/2))
     return torch.cat([phase.sin()*fade, phase.cos()*fade], -1)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #7dfe09c2
+# %% ../../nbs/4_blocks/43_inr.ipynb #90d10a04
 def check_hidden(
     who,                # for the message
     hidden,             # widths of the layers
@@ -83,7 +83,7 @@ def check_hidden(
     for m in hidden: check_positive(who, hidden=m)
     return list(hidden)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #9e985a57
+# %% ../../nbs/4_blocks/43_inr.ipynb #2ae628f8
 def layers(
     c_in,               # numbers in
     hidden,             # widths of the layers between
@@ -95,7 +95,7 @@ def layers(
     for m in body[::2]: nn.init.kaiming_uniform_(m.weight, nonlinearity='relu')
     return nn.Sequential(*body, nn.Linear(widths[-1], c_out))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #46ce4b98
+# %% ../../nbs/4_blocks/43_inr.ipynb #74ffa6a8
 def check_size(
     size,               # (H, W) wanted
     who='the decoder',  # for the message
@@ -106,7 +106,7 @@ def check_size(
         return tuple(size)
     raise ConfigError(f'size of {who}', given=repr(size), expected='(height, width)', hint='Use two ints such as (256, 256).')
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #83cdabf1
+# %% ../../nbs/4_blocks/43_inr.ipynb #a0d4bc8c
 def check_points(
     points,             # (b, n, 2) wanted
     b,                  # images
@@ -119,7 +119,7 @@ def check_points(
     if not points.is_floating_point(): bad(str(points.dtype))
     if points.numel() and not bool((points.abs() <= 1).all()): bad('values beyond [-1, 1]')
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #e7b060e3
+# %% ../../nbs/4_blocks/43_inr.ipynb #2f69054f
 def check_features(
     who,                # for the message
     z,                  # (b, c_in, h, w) wanted
@@ -131,7 +131,7 @@ def check_features(
     raise ShapeError(f'features of {who}', given=given, expected=f'a tensor (b, {c_in}, h, w), at least one image and one pixel',
         hint='They are what the layer in front gives, not the image.')
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #3e921705
+# %% ../../nbs/4_blocks/43_inr.ipynb #a9289bf2
 class AnySize(Stage):
     "A decoder of `c_in` channels whose `grid(z, size)` gives an image of any size; by default twice that of its features"
     def forward(self,
@@ -146,7 +146,7 @@ class AnySize(Stage):
 
     def body(self, asked): return self.grid(*asked)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #9757a669
+# %% ../../nbs/4_blocks/43_inr.ipynb #a0aef955
 CODES = ('area', 'point')
 
 class INRB(AnySize):
@@ -178,7 +178,7 @@ class INRB(AnySize):
         for layer in list(self.f)[1:]: v = layer(v)
         return v
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #33a01357
+# %% ../../nbs/4_blocks/43_inr.ipynb #f2397128
 def decode_grid(inrb, z, size):
     "INRB on the pixels of a grid: (b c h w) to (b o H W)"
     (h, w), (H, W), first = z.shape[2:], size, inrb.f[0]
@@ -197,7 +197,7 @@ def decode_grid(inrb, z, size):
 
 INRB.grid = decode_grid
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #0eaad299
+# %% ../../nbs/4_blocks/43_inr.ipynb #03e0fe10
 def decode_points(
     inrb,                           # an INRB
     z: Float[Tensor, "b c h w"],    # features
@@ -222,7 +222,7 @@ def decode_points(
 
 INRB.at = decode_points
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #908b7c18
+# %% ../../nbs/4_blocks/43_inr.ipynb #df89ea30
 def fit_image(
     image: Float[Tensor, "b 1 h w"],    # what to learn, even height and width
     decoder,                            # takes 16 channels at half the resolution
@@ -243,7 +243,7 @@ def fit_image(
         adam.zero_grad(), (decoder(encoder(half), size)-wanted).abs().mean().backward(), adam.step()
     return encoder(half).detach()
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #2746043b
+# %% ../../nbs/4_blocks/43_inr.ipynb #f9558034
 def show_zoom(
     steps=150,          # of training
     factors=(1, 1.5, 2, 4),  # resolutions to decode at
@@ -258,7 +258,7 @@ def show_zoom(
     with torch.no_grad(): shown = [decoder(z, (round(32*f), round(32*f)))[0, 0] for f in factors]
     return show_images([image[0, 0], *shown], ['slice', *(f'x{f:g}' for f in factors)], limits=(-1, 1), size=1.8)
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #7d016ffe
+# %% ../../nbs/4_blocks/43_inr.ipynb #d5f5e9be
 def closest(
     count,              # width -> number of parameters, increasing
     wanted,             # number of parameters
@@ -268,7 +268,7 @@ def closest(
     while count(m+1) <= wanted: m += 1
     return min((m, m+1), key=lambda k: abs(count(k)-wanted))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #ae2154b6
+# %% ../../nbs/4_blocks/43_inr.ipynb #518782a1
 class PlainMLP(AnySize):
     "Features mixed bilinearly, then a perceptron that knows no coordinates; about as many parameters as asked for"
     def __init__(self,
@@ -296,7 +296,7 @@ class PlainMLP(AnySize):
         mixed = grid_sample(z, points.flip(-1)[:, None].to(z.dtype), mode='bilinear', padding_mode='border', align_corners=False)
         return self.mlp(rearrange(mixed, 'b c 1 n -> b n c'))
 
-# %% ../../nbs/4_blocks/43_inr.ipynb #1e504bb6
+# %% ../../nbs/4_blocks/43_inr.ipynb #9669e8d1
 class PixelDecoder(AnySize):
     "Transposed convolution, normalisation, ReLU, convolution 7: twice the features' size, no other; about as many parameters as asked for"
     def __init__(self,

@@ -95,14 +95,14 @@ class MSF(nn.Module):
     def forward(self, maps) -> Float[Tensor, "b c h w"]:
         return sum(w*F for w, F in zip(self.weights(maps).unbind(1), maps, strict=True))
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #76c63d0a
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #74d3cb78
 def weight_bounds(
     n_scales,           # n, number of scales
 ):
     "Lowest and highest weight that sigmoid-then-softmax can give one of n scales"
     return 1/(1+(n_scales-1)*math.e), math.e/(math.e+n_scales-1)
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #b2753fae
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #5f090d54
 def show_bound(
     n_scales=4,         # n, number of scales
 ):
@@ -119,7 +119,7 @@ def show_bound(
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #5a42fa56
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #940f5b46
 class ScaleConv(nn.Module):
     "Stand-in for MSF: plain 1 x 1 convolution of the concatenated scales"
     def __init__(self,
@@ -134,7 +134,7 @@ class ScaleConv(nn.Module):
         check_maps('ScaleConv', maps, *self.expected)
         return self.conv(torch.cat(maps, 1))
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #655f5be0
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #1865434d
 class MFEB(Stage):
     "Multi-feature extraction block: n concatenated maps (b, n c, h, w) to one (b, c, h, w). Raises ConfigError"
     def __init__(self,
@@ -156,7 +156,7 @@ class MFEB(Stage):
         F0 = self.reduce(f)                                     # b  256  h/4  w/4
         return self.msf([conv(F0) for conv in self.scales])+F0
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #005d5237
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #51276d0c
 class ConcatConv(Stage):
     "Stand-in for MFEB: concatenation and 1 x 1 convolution only"
     def __init__(self,
@@ -168,7 +168,7 @@ class ConcatConv(Stage):
 
     def body(self, f: Float[Tensor, "b nc h w"]) -> Float[Tensor, "b c h w"]: return self.reduce(f)
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #9be5f955
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #9f57842a
 KEEP = ('x', 'xy')
 
 def check_modulation(
@@ -182,7 +182,7 @@ def check_modulation(
     if not isinstance(plain, bool): raise ConfigError('plain of MFM', given=repr(plain), expected='a bool', hint='Use True or False.')
     return dict(kernel=kernel, keep=check_choice('keep', keep, KEEP), plain=plain)
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #d38266c1
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #0ccfc49f
 class MFM(nn.Module):
     "Modulation fusion module: X and Y (b, c, h, w) to one map of that size. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -211,7 +211,7 @@ class MFM(nn.Module):
         a, b = self.weights(X, Y).unbind(1)
         return self.conv(torch.cat([a*X, b*Y, X] if self.keep == 'x' else [a*X, b*Y, X, Y], 1))
 
-# %% ../../nbs/4_blocks/42_multiscale.ipynb #7be16507
+# %% ../../nbs/4_blocks/42_multiscale.ipynb #71f649e4
 class Addition(nn.Module):
     "Stand-in for MFM: X + Y, no parameters. Raises ShapeError"
     def forward(self, X: Float[Tensor, "b c h w"], Y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -372,7 +372,7 @@ def filter_groups(
     total = torch.cat([_Filtered.apply(v, t, groups.index, groups.patch, keep_mean) for v, t in parts], 1)
     return total/visits(groups, x.shape[-2:], x)
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #2334c4d4
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #a1fdd601
 class Thresholds(NamedTuple):
     "Thresholds per channel (or one for all): A (c,), the details (levels, c), finest level first"
     A: Tensor
@@ -384,7 +384,7 @@ def _similar(x, tau, keep_mean, blocks):
     "delta: groups of patches that look alike, filtered together"
     return filter_groups(x, match_blocks(x, **blocks), tau, keep_mean=keep_mean)
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #bc8dc6bc
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #020abc53
 def cooperative_filter(
     x: Float[Tensor, "b c h w"],    # images or feature maps of any size
     thresholds: Thresholds,         # their number of levels is the transform's
@@ -402,7 +402,7 @@ def cooperative_filter(
     D = [_similar(v, t, False, blocks) for v, t in zip(bands.D, thresholds.D.to(x), strict=True)]
     return idwt(bands._replace(A=_similar(bands.A, thresholds.A.to(x), True, blocks), D=D))
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #2abb0052
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #7a7999d9
 def full_precision(
     x: Tensor,          # gives the device
 ):
@@ -418,7 +418,7 @@ def _check_filter(threshold, mode, **switches):
     for name, v in switches.items():
         if not isinstance(v, bool): raise ConfigError(name, given=repr(v), expected='True or False', hint='Leave it out for True.')
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #7509f0f2
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #6f2a324f
 class CooperativeFilter(nn.Module):
     """Similar cooperative filtering of a skip connection: (b, channels, h, w) to the same. Raises ConfigError, ShapeError
 
@@ -458,7 +458,7 @@ class CooperativeFilter(nn.Module):
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             return cooperative_filter(wide, self.thresholds(), **self.options, **self.blocks).to(x.dtype)
 
-# %% ../../nbs/4_blocks/46_wavelet.ipynb #0805f0c3
+# %% ../../nbs/4_blocks/46_wavelet.ipynb #df1e3107
 def noise_thresholds(
     sigma,          # spread of white noise in x, > 0
     *,

@@ -84,27 +84,31 @@ struct Backward {
   const int64_t N;
   V bias, D, of_bias, of_D, largest_a;
   Room<V> held;
-  V *g, *a, *of_a, *fixed_B, *fixed_C, *of_fixed_B, *of_fixed_C;
+  V *g, *a, *of_a, *fixed_B, *fixed_C, *of_fixed_B, *of_fixed_C, *weight, *of_weight;
 
   explicit Backward(const Block& block): k(block), N(k.s.states), bias(k.per_channel(k.s.bias)), D(k.per_channel(k.s.D)),
-    of_bias{}, of_D{}, largest_a{}, held(7*N), g(held.p), a(g + N), of_a(a + N), fixed_B(of_a + N), fixed_C(fixed_B + N),
-    of_fixed_B(fixed_C + N), of_fixed_C(of_fixed_B + N) {
+    of_bias{}, of_D{}, largest_a{}, held(7*N + 2*k.s.rank), g(held.p), a(g + N), of_a(a + N), fixed_B(of_a + N), fixed_C(fixed_B + N),
+    of_fixed_B(fixed_C + N), of_fixed_C(of_fixed_B + N), weight(of_fixed_C + N),
+    of_weight(weight + k.s.rank) {
     k.per_state(k.of_batch(k.s.grad_last), g);
     k.per_state(k.s.A, a, EXP_SCALE);
     k.per_state(k.s.fixed_B, fixed_B);
     k.per_state(k.s.fixed_C, fixed_C);
+    k.columns(k.s.delta_weight, k.s.rank, weight);
+    for (int64_t r = 0; r < k.s.rank; r++) of_weight[r] = V{};
     for (int64_t n = 0; n < N; n++) largest_a = larger(magnitude(a[n]), largest_a), of_a[n] = of_fixed_B[n] = of_fixed_C[n] = V{};
   }
   // What the span of this block from `first` on will need
   void fetch(Fetch& f, int64_t first) const {
-    for (const View* v: {&k.s.u, &k.s.delta, &k.s.grad_y, &k.s.z, &k.s.grad_u, &k.s.grad_delta}) k.fetch(f, *v, first);
+    for (const View* v: {&k.s.u, &k.s.grad_y, &k.s.z, &k.s.grad_u, &k.s.grad_delta}) k.fetch(f, *v, first);
+    if (!k.s.delta_weight) k.fetch(f, k.s.delta, first);
     f.add(k.border(first), SPAN/CHUNK*N*W);
   }
   // Steps first..end, one span: reading ...
   void begin(int64_t first, int64_t end, BackSpan& x) const {
     const Scan& s = k.s;
     k.read(s.u, first, end, x.u);
-    k.read(s.delta, first, end, x.dt);
+    k.read_delta(first, end, weight, x.dt);
     k.read(s.grad_y, first, end, x.gy);
     if (s.z.data) k.read(s.z, first, end, x.z);
     x.largest = V{};
@@ -154,9 +158,25 @@ struct Backward {
     }
     of_D += sum_D;
     of_bias += sum_bias;
+    weights(first, end, x.of_decay);
     k.write(k.s.grad_u, first, end, x.of_du, k.s.merge);
     k.write(k.s.grad_delta, first, end, x.of_decay, false);
     if (k.s.z.data) k.write(k.s.grad_z, first, end, x.raw_gy, false);
+  }
+  // Gradient of the weights that make the raw step sizes, from that of the step sizes; four sums, so that none waits
+  void weights(int64_t first, int64_t end, const V* of_delta) {
+    if (!k.s.rank) return;
+    const float* row[SPAN];
+    for (int64_t t = first; t < end; t++) row[t - first] = k.factors(t);
+    for (int64_t r = 0; r < k.s.rank; r++) {
+      V sum[4]{};
+      int64_t t = 0;
+      for (; t + 4 <= end - first; t += 4)
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i] += of_delta[t + i]*row[t + i][r];
+      for (; t < end - first; t++) sum[0] += of_delta[t]*row[t][r];
+      of_weight[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
   }
   void finish(int64_t segment) {
     const Scan& s = k.s;
@@ -164,6 +184,7 @@ struct Backward {
     k.put_per_state(k.part(s.grad_A, segment, N), of_a);
     k.put_per_state(k.part(s.grad_fixed_B, segment, N), of_fixed_B);
     k.put_per_state(k.part(s.grad_fixed_C, segment, N), of_fixed_C);
+    k.put_columns(k.part(s.grad_delta_weight, segment, s.rank), s.rank, of_weight);
     k.put_per_channel(k.part(s.grad_D, segment, 1), of_D);
     k.put_per_channel(k.part(s.grad_bias, segment, 1), of_bias);
   }

@@ -44,19 +44,20 @@ struct Forward {
   const int64_t N;
   V bias, D, largest_a;
   Room<V> held;
-  V *state, *a, *fixed_B, *fixed_C;
+  V *state, *a, *fixed_B, *fixed_C, *weight;
 
   explicit Forward(const Block& block): k(block), N(k.s.states), bias(k.per_channel(k.s.bias)), D(k.per_channel(k.s.D)), largest_a{},
-    held(4*N), state(held.p), a(state + N), fixed_B(a + N), fixed_C(fixed_B + N) {
+    held(4*N + k.s.rank), state(held.p), a(state + N), fixed_B(a + N), fixed_C(fixed_B + N), weight(fixed_C + N) {
     k.per_state(k.of_batch(k.s.initial), state);
     k.per_state(k.s.A, a, EXP_SCALE);
     k.per_state(k.s.fixed_B, fixed_B);
     k.per_state(k.s.fixed_C, fixed_C);
+    k.columns(k.s.delta_weight, k.s.rank, weight);
     for (int64_t n = 0; n < N; n++) largest_a = larger(magnitude(a[n]), largest_a);
   }
   void read(int64_t first, int64_t end, Span& x) const {
     k.read(k.s.u, first, end, x.u);
-    k.read(k.s.delta, first, end, x.dt);
+    k.read_delta(first, end, weight, x.dt);
     x.largest = V{};
     for (int t = 0; t < end - first; t++) {
       V d = x.dt[t] + bias;
@@ -67,7 +68,8 @@ struct Forward {
   }
   // What the span of this block from `first` on will need
   void fetch(Fetch& f, int64_t first) const {
-    for (const View* v: {&k.s.u, &k.s.delta, &k.s.z, &k.s.y}) k.fetch(f, *v, first);
+    for (const View* v: {&k.s.u, &k.s.z, &k.s.y}) k.fetch(f, *v, first);
+    if (!k.s.delta_weight) k.fetch(f, k.s.delta, first);
     if (k.s.borders) f.add(k.border(first), SPAN/CHUNK*N*W);
   }
   template<bool OUT> void run(const Span& x, int from, int to, const Weights& w, V* y) {

@@ -14,15 +14,17 @@ struct Scan {
   int64_t batch, groups, channels, states, length;      // channels of one group
   int64_t softplus, threads;
   int64_t merge;            // 1: the groups share u, and add up in y and in the gradient of u
+  int64_t rank;             // of delta's factors, 0 where delta is given as it is
   View u, delta, z, B, C, y;                            // data is null where absent
   const float *A, *D, *bias, *initial;                  // (g c n), (g c), (g c), (b g c n)
+  const float* delta_weight;                            // (g c rank): delta is made from `rank` factors, floats side by side
   const float *fixed_B, *fixed_C;                       // (g c n): weights that stay the same over time, in place of B or C
   const int64_t *order, *lengths;                       // (g length) places in the order visited, (g) how many; or null
   float *last, *borders;                                // (b g c n); (b g block chunk n W), null where no backward will follow
   View grad_y, grad_u, grad_delta, grad_z, grad_B, grad_C;
   const float* grad_last;                               // (b g c n)
   float *grad_initial;                                  // (b g c n)
-  float *grad_A, *grad_D, *grad_bias, *grad_fixed_B, *grad_fixed_C;     // with (b segment) in front, to be summed
+  float *grad_A, *grad_D, *grad_bias, *grad_delta_weight, *grad_fixed_B, *grad_fixed_C;     // with (b segment) in front, to be summed
   int64_t segments;         // stretches the length is cut into, when there are more threads than blocks of channels
 };
 
@@ -55,6 +57,24 @@ struct Block {
   void write(const View& v, int64_t first, int64_t end, V* in, bool add) const {
     for (int64_t t = first; t < end; t += TILE) write_tile(v, base(v), tile(t, end), n_channels, in + (t - first), add);
   }
+  const float* factors(int64_t step) const {
+    return (const float*)s.delta.data + b*s.delta.batch + g*s.delta.group + place({order, step, 0}, 0)*s.delta.step;
+  }
+  // Raw step sizes: as they are, or made from their factors, four steps side by side so that the sums do not wait for one another
+  void read_delta(int64_t first, int64_t end, const V* weight, V* out) const {
+    if (!s.delta_weight) return read(s.delta, first, end, out);
+    for (int64_t t = first; t < end; t += 4) {
+      const float* row[4];
+      V sum[4]{};
+      for (int i = 0; i < 4; i++) row[i] = factors(std::min(t + i, end - 1));
+      for (int64_t r = 0; r < s.rank; r++) {
+        const V w = weight[r];
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i] += row[i][r]*w;
+      }
+      for (int i = 0; i < 4; i++) out[t - first + i] = sum[i];
+    }
+  }
   Steps tile(int64_t first, int64_t end) const { return {order, first, (int)std::min<int64_t>(TILE, end - first)}; }
   void fetch(Fetch& f, const View& v, int64_t first) const {
     if (v.data) f.add(v, base(v), first, order, (int)std::min<int64_t>(SPAN, steps - first));
@@ -68,14 +88,16 @@ struct Block {
     return v;
   }
   void put_per_channel(float* p, V v) const { if (p) memcpy(p + channel, &v, 4*n_channels); }
-  void per_state(const float* p, V* out, float scale = 1.f) const {
-    for (int64_t n = 0; n < s.states; n++) {
+  void per_state(const float* p, V* out, float scale = 1.f) const { columns(p, s.states, out, scale); }
+  void columns(const float* p, int64_t width, V* out, float scale = 1.f) const {     // of `width` numbers for every channel
+    for (int64_t n = 0; n < width; n++) {
       out[n] = V{};
-      if (p) for (int i = 0; i < n_channels; i++) out[n][i] = p[(channel + i)*s.states + n]*scale;
+      if (p) for (int i = 0; i < n_channels; i++) out[n][i] = p[(channel + i)*width + n]*scale;
     }
   }
-  void put_per_state(float* p, const V* in) const {
-    if (p) for (int64_t n = 0; n < s.states; n++) for (int i = 0; i < n_channels; i++) p[(channel + i)*s.states + n] = in[n][i];
+  void put_per_state(float* p, const V* in) const { put_columns(p, s.states, in); }
+  void put_columns(float* p, int64_t width, const V* in) const {
+    if (p) for (int64_t n = 0; n < width; n++) for (int i = 0; i < n_channels; i++) p[(channel + i)*width + n] = in[n][i];
   }
   const float* of_batch(const float* p) const { return p ? p + b*s.groups*s.channels*s.states : p; }
   float* of_batch(float* p) const { return p ? p + b*s.groups*s.channels*s.states : p; }

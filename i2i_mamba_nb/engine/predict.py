@@ -200,7 +200,7 @@ def _pictures(run, stack, batch, bar):
         bar.update(len(y))
     return out
 
-# %% ../../nbs/7_engine/73_predict.ipynb #147e51df
+# %% ../../nbs/7_engine/73_predict.ipynb #ea142be4
 def synthesise(
     run,            # of load_run
     images,         # dict modality -> (x, y, z) canonical array in [-1, 1]; more than the run's sources does no harm
@@ -215,7 +215,7 @@ def synthesise(
         raise ConfigError('batch', given=repr(batch), expected='a whole number of 1 or more', hint='Leave it out: it is chosen by memory.')
     stack = _sources(run, images)
     mask = _head(run.config.sources, stack) if mask is None else mask
-    size, corner = fitted_size(mask, run.config.size, network(run.config.network).inputs.multiple)
+    size, corner = fitted_size(mask, run.config.size, network(run.config.network).inputs.sides(run.config.network_args)[0])
     zs = np.flatnonzero(mask.any((0, 1)))
     cut, place = fit_to(np.stack([to_images(v)[zs] for v in stack], 1), size, -1., corner=corner)
     with tqdm(total=len(zs), desc='slices', disable=not progress) as bar: pictures = _pictures(run, cut, batch, bar)

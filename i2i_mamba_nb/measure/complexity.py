@@ -4,8 +4,9 @@
 __all__ = ['parameters', 'scan_flops', 'formulas', 'multiply_adds', 'multiply_adds_of_parts', 'activation_bytes', 'seconds',
            'Cost', 'cost', 'costs', 'seconds_of', 'cost_table', 'show_costs']
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #f2efc457
+# %% ../../nbs/3_measure/33_complexity.ipynb #edb7c3bb
 import contextlib
+import math
 import time
 from statistics import median
 from typing import NamedTuple
@@ -22,7 +23,7 @@ def parameters(
     "Number of parameters, shared ones once"
     return sum(p.numel() for p in network.parameters())
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #04019029
+# %% ../../nbs/3_measure/33_complexity.ipynb #e6c25a95
 def scan_flops(
     b, l, d,            # batch, length, channels
     n,                  # states
@@ -35,9 +36,9 @@ def _scan(u, delta, A, *rest, out_shape=None, **kwargs):
     return scan_flops(u[0], u[2], u[1], A[1])
 
 def _ordered_scan(*shapes, out_shape=None, **kwargs):
-    "Of the scans along the paths of an image, from u (b l c), A (k*c n) and order (k m)"
-    u, A, order = shapes[0], shapes[2], shapes[7]
-    return scan_flops(u[0], order[1], A[0], A[1])
+    "Of the scans along the paths of an image, from u (b l c), A (k*c n), order (k m) and weight (k c r), which makes steps at every pixel"
+    u, A, order, weight = shapes[0], shapes[2], shapes[7], shapes[8]
+    return scan_flops(u[0], order[1], A[0], A[1])+(2*u[0]*u[1]*math.prod(weight) if weight is not None else 0)
 
 # %% ../../nbs/3_measure/33_complexity.ipynb #1981b12e
 def _inner(a, b, *rest, out_shape=None, **kwargs):
@@ -132,7 +133,12 @@ def activation_bytes(
     del out
     return found
 
-# %% ../../nbs/3_measure/33_complexity.ipynb #5113f714
+# %% ../../nbs/3_measure/33_complexity.ipynb #12d5ae3c
+def _now():
+    "Seconds, after all that a GPU was asked for is done"
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+    return time.perf_counter()
+
 def seconds(
     network,            # any module or function
     *inputs,            # its inputs
@@ -142,9 +148,9 @@ def seconds(
     taken = []
     with _as_it_was(network), torch.no_grad():
         for _ in range(repeats+1):
-            start = time.perf_counter()
+            start = _now()
             network(*inputs)
-            taken.append(time.perf_counter()-start)
+            taken.append(_now()-start)
     return median(taken[1:])
 
 # %% ../../nbs/3_measure/33_complexity.ipynb #a283dee2

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Intensity', 'intensity_from', 'fit_intensity', 'fit_scale']
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #1b21caf1
+# %% ../../nbs/3_measure/35_intensity.ipynb #4f3f4c68
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from ..core import ConfigError, I2IError, ShapeError, check_choice
 from .metrics import CT_WINDOW, _pair, head_mask, window_of
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #bf7c2338
+# %% ../../nbs/3_measure/35_intensity.ipynb #fd05ac98
 KINDS = 'window', 'zscore', 'mean_max', 'hounsfield'
 
 def _checked(low, high, clip, kind):
@@ -25,7 +25,7 @@ def _checked(low, high, clip, kind):
         raise ConfigError('clip of an intensity', given=repr(clip), expected='true or false', hint='True stops at -1 and 1.')
     check_choice('kind of intensity', kind, KINDS)
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #3a8c489c
+# %% ../../nbs/3_measure/35_intensity.ipynb #a225bdda
 def _real(x, name):
     "A tensor or array of real numbers as it is, anything else as an array. Raises ShapeError"
     x = x if isinstance(x, torch.Tensor) else np.asarray(x)
@@ -40,7 +40,7 @@ def _as(x, like):
 
 def _double(x): return x.double() if isinstance(x, torch.Tensor) else x.astype(np.float64)
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #c01dc774
+# %% ../../nbs/3_measure/35_intensity.ipynb #d24137b3
 class Intensity(NamedTuple):
     "The intensities that become -1 and 1"
     low: float              # becomes -1
@@ -67,7 +67,7 @@ class Intensity(NamedTuple):
         "What JSON can hold; `intensity_from` is the inverse"
         return dict(low=float(self.low), high=float(self.high), clip=bool(self.clip), kind=str(self.kind))
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #b2a8e384
+# %% ../../nbs/3_measure/35_intensity.ipynb #352a08be
 def intensity_from(
     settings,       # dict with low and high, perhaps clip and kind, as `to_dict` makes it
 ):
@@ -81,7 +81,7 @@ def intensity_from(
     _checked(*found)
     return Intensity(float(found.low), float(found.high), bool(found.clip), found.kind)
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #1dfe3d9a
+# %% ../../nbs/3_measure/35_intensity.ipynb #5779caf1
 def _values(data, mask):
     "The finite values that count, as float64; I2IError where there are none or only one"
     x, _, m = _pair(data, data, mask)
@@ -97,7 +97,7 @@ def _spread(data, mask):
     mean, spread = values.mean(), values.std()
     return mean-spread, mean+spread
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #635ffc13
+# %% ../../nbs/3_measure/35_intensity.ipynb #8c375fb8
 def _mean(data, mask):
     "Mean of what counts; I2IError unless above 0"
     mean = _values(data, mask).mean()
@@ -111,7 +111,7 @@ def _largest(data, mask, scale):
         raise ConfigError('scale', given=repr(scale), expected='a finite number above 0', hint='fit_scale finds it on training subjects.')
     return 0., _mean(data, mask)*scale
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #7c09d5fa
+# %% ../../nbs/3_measure/35_intensity.ipynb #223401a6
 def fit_intensity(
     data,           # 2-D or 3-D image in the file's unit, CT in HU
     kind='window',  # one of KINDS
@@ -129,7 +129,7 @@ def fit_intensity(
     low, high = _spread(data, mask) if kind == 'zscore' else _largest(data, mask, scale)
     return Intensity(float(low), float(high), False, kind)
 
-# %% ../../nbs/3_measure/35_intensity.ipynb #5ad8d129
+# %% ../../nbs/3_measure/35_intensity.ipynb #0a3dfade
 def fit_scale(
     images,         # training subjects' images, an iterable: one at a time is in memory
     masks=None,     # as many masks, or None for all voxels

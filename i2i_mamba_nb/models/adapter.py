@@ -55,14 +55,15 @@ def latent_width(
     if spec.latent in (0, width): return width
     _refuse(record.name, f'a random vector of {width}', f'one of {spec.latent}, as the recipe draws', f'Set n_latent={spec.latent}.')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #b807bd70
+# %% ../../nbs/5_models/58_adapter.ipynb #cd437c58
 def images_out(
     record,         # Network out of the registry
     config,         # its settings
     spec,           # Spec of the recipe
 ):
     "Images that the network gives, at the size of its input. Raises ConfigError where they are too few or of another size"
-    size = (4*record.inputs.multiple*-(-record.inputs.smallest//record.inputs.multiple),)*2
+    multiple, smallest = record.inputs.sides(config)
+    size = (4*multiple*-(-smallest//multiple),)*2
     shape = tuple(record.inputs.shape(config, size))
     if shape[1:] != size: _refuse(record.name, f'images of {shape[1:]} from {size}', 'the same size', 'Leave the output scale at 1.')
     if shape[0] >= spec.targets: return shape[0]
@@ -140,7 +141,7 @@ def _generator(name):
     known = 'one of '+', '.join(networks('generator'))
     raise ConfigError('generator', given=f'{name!r} of kind {record.kind}', expected=known, hint='Choose a generator.')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #fa001ca5
+# %% ../../nbs/5_models/58_adapter.ipynb #9ab4b3b9
 class Adapted(nn.Module):
     "A generator that takes what a recipe gives: x (b, sources+noise, h, w), t (b,), z (b, latent). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -151,8 +152,9 @@ class Adapted(nn.Module):
         super().__init__()
         record = _generator(name)
         check_spec(spec)
-        self.network, self.spec, self.inputs = record.build(**fitted(record, spec, config)), spec, record.inputs
+        self.network, self.spec = record.build(**fitted(record, spec, config)), spec
         settings = self.network.config
+        self.multiple, self.smallest = record.inputs.sides(settings)
         self.config = dict(name=name, spec=asdict(spec), settings=dict(settings))
         self.who, self.told = f'{name} under this recipe', [n for n in record.inputs.further if n in ('time', 'latent')]
         self.maps_time = spec.steps > 0 and 'time' not in self.told
@@ -168,7 +170,7 @@ class Adapted(nn.Module):
         return torch.cat([*first, *middle, blank(self.empty[1])], 1)
 
     def forward(self, x: Float[Tensor, "b i h w"], t=None, z=None) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.spec.sources+self.spec.noise, multiple=self.inputs.multiple, smallest=self.inputs.smallest, who=self.who)
+        check_images(x, self.spec.sources+self.spec.noise, multiple=self.multiple, smallest=self.smallest, who=self.who)
         check_given(self.who, self.spec, x, t, z)
         time = x.new_zeros(len(x), dtype=torch.long) if t is None else t
         latent = x.new_zeros(len(x), self.n_latent) if z is None else z
@@ -184,7 +186,7 @@ def adapted(
     "The generator of that name, built for a recipe. Raises ConfigError"
     return Adapted(name, spec, **config)
 
-# %% ../../nbs/5_models/58_adapter.ipynb #51094924
+# %% ../../nbs/5_models/58_adapter.ipynb #1130ceb3
 def show_adapted(
     name,               # of a registered generator
     spec,               # Spec of a recipe
@@ -199,4 +201,4 @@ def show_adapted(
         with torch.no_grad(): y = net(x, given, torch.zeros(1, spec.latent) if spec.latent else None)
         rows = dict(**{'in': net.images(x, given)[0]}, out=y[0])
         shown |= {f't = {t}: {way} {k}': c for way, images in rows.items() for k, c in enumerate(images, 1)}
-    return show_images(list(shown.values()), list(shown), ncols=len(shown)//len({k.split(':')[0] for k in shown}), limits=(-1, 1), size=1.5)
+    return show_images(list(shown.values()), list(shown), ncols=len(shown)//len({k.split(':')[0] for k in shown}), limits=(-1, 1), size=2.)

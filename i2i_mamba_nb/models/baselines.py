@@ -80,7 +80,7 @@ LDM = register(Network(
     ablations=dict(cross_attention=dict(conditioning='cross')),
 ))
 
-# %% ../../nbs/5_models/56_baselines.ipynb #99c57968
+# %% ../../nbs/5_models/56_baselines.ipynb #0a04dad6
 def check_switch(
     who,                # for the message
     **switches,         # name -> value
@@ -90,7 +90,7 @@ def check_switch(
         if not isinstance(value, bool):
             raise ConfigError(f'{name} of {who}', given=repr(value), expected='True or False', hint='Leave it out for the default.')
 
-# %% ../../nbs/5_models/56_baselines.ipynb #8790e0a2
+# %% ../../nbs/5_models/56_baselines.ipynb #511c9820
 class AttentionGAN(nn.Module):
     "AttentionGAN's generator: contents, attention maps, and the input itself under the last map. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -131,7 +131,7 @@ class AttentionGAN(nn.Module):
         contents, maps = self.parts(x)
         return (maps*contents).sum(1)
 
-# %% ../../nbs/5_models/56_baselines.ipynb #911c63dc
+# %% ../../nbs/5_models/56_baselines.ipynb #92588521
 ATTENTION_GAN = register(Network(
     name='attention_gan', paper='Tang et al., AttentionGAN', build=building(AttentionGAN), inputs=image_inputs(4, 8), fits=mixing_fit,
     smallest=dict(n_sources=2, base_channels=8, n_blocks=2, n_maps=4),
@@ -141,7 +141,7 @@ ATTENTION_GAN = register(Network(
     ablations=dict(no_input=dict(input_term=False)),
 ))
 
-# %% ../../nbs/5_models/56_baselines.ipynb #9b5ebb47
+# %% ../../nbs/5_models/56_baselines.ipynb #63c8ebeb
 class DoubleConv(Stage):
     "Twice convolution 3, normalisation, ReLU"
     def __init__(self,
@@ -154,7 +154,7 @@ class DoubleConv(Stage):
 
     def body(self, f): return self.layers(f)
 
-# %% ../../nbs/5_models/56_baselines.ipynb #83d488ce
+# %% ../../nbs/5_models/56_baselines.ipynb #161ee490
 class UNet(nn.Module):
     "Plain U-Net: images (b, n_sources, h, w) to (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -191,7 +191,7 @@ class UNet(nn.Module):
             h = join(torch.cat([kept.pop(), up(h)], 1) if skips else up(h))
         return torch.tanh(self.out(h))                                      # b    1  h     w
 
-# %% ../../nbs/5_models/56_baselines.ipynb #181dcf4e
+# %% ../../nbs/5_models/56_baselines.ipynb #a2ceec1b
 UNET = register(Network(
     name='unet', paper='Ronneberger et al., U-Net', build=building(UNet), inputs=image_inputs(16, 32), fits=plain_fit,
     smallest=dict(n_sources=2, base_channels=4, n_levels=2),

@@ -77,7 +77,7 @@ class PatchGAN(Stage):
         check_images(x, self.config['n_channels'], multiple=1, smallest=24, who=type(self).__name__)
         return super().forward(x)
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #5f74d6d9
+# %% ../../nbs/5_models/55_discriminators.ipynb #e7e3567d
 def field(
     size=128,           # height and width of the image, pixels
 ):
@@ -96,7 +96,7 @@ def show_field(
         torch.manual_seed(0)
         with torch.enable_grad(): grad = field(size)
         verdict = PatchGAN(1, base_channels=8)(x)
-    shown = [x[0, 0], (x[0, 0]+1)*(.3+.7*(grad > 0))-1, verdict[0, 0]]
+    shown = [x[0, 0], torch.where(grad > 0, x[0, 0].clamp(min=-.5), .3*(x[0, 0]+1)-1), verdict[0, 0]]
     return show_images(shown, ['target', 'seen by one verdict', 'all verdicts (untrained)'])
 
 # %% ../../nbs/5_models/55_discriminators.ipynb #97843442

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'DECODERS', 'RECORD', 'PlainStage', 'rhmb', 'check_without', 'check_reduction', 'check_mfm', 'SideConv',
-           'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'check_sources', 'fused',
-           'show_decoder', 'decoded_size', 'decoder_of', 'decode', 'decode_at']
+           'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'fused', 'show_decoder',
+           'decoded_size', 'decoder_of', 'decode', 'decode_at']
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #082595de
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #ebb70cc8
 import math
 
 import torch
@@ -18,7 +18,7 @@ from ..blocks.conv import Stage, building, check_images, check_positive, conv_st
 from ..blocks.inr import INRB, PixelDecoder, PlainMLP, check_hidden
 from ..blocks.multiscale import MFEB, MFM, Addition, ConcatConv, check_modulation, check_scales
 from ..core import ConfigError, Inputs, Network, check_choice, plain_fit, register, show_images
-from .i2i_mamba import mamba_stages
+from .i2i_mamba import check_sources, mamba_stages
 
 # %% ../../nbs/5_models/51_hmf_mambainr.ipynb #e07a60b3
 class PlainStage(Stage):
@@ -191,23 +191,13 @@ class HMFMambaINR(nn.Module):
     def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return torch.tanh(self.image(self.features(X), tuple(X.shape[2:])))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #ebf38a73
-def check_sources(
-    X,                  # what was given
-    config,             # settings of the network
-):
-    "Raise ShapeError unless X are images whose bottleneck is cut into whole patches, at least one"
-    p = config['patch_size']
-    who = 'HMFMambaINR'+(f' with patch_size={p}' if p > 1 else '')
-    check_images(X, config['n_sources'], multiple=4*p, who=who)
-
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #f091b979
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #9c5a1680
 def fused(
     self,                           # an HMFMambaINR
     X: Float[Tensor, "b i h w"],    # sources
 ) -> Float[Tensor, "b m r s"]:
     "All but the last up-sampling: what INRB decodes"
-    check_sources(X, self.config)
+    check_sources(X, self.config, 'HMFMambaINR')
     x1 = self.encoder_1(X)                                  # b   64  h    w
     x2 = self.encoder_2(x1)                                 # b  128  h/2  w/2
     f = x3 = self.encoder_3(x2)                             # b  256  h/4  w/4
@@ -224,7 +214,7 @@ def fused(
 
 HMFMambaINR.features = fused
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #34a1e98e
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #bc27da86
 def show_decoder(
     network,            # an HMFMambaINR
     X,                  # sources (1, I, h, w)
@@ -236,11 +226,12 @@ def show_decoder(
     shown = {f'{n}\n{tuple(maps[n].shape[1:])}': maps[n][0, maps[n][0].std((1, 2)).argmax()] for n in names}
     return show_images(list(shown.values()), list(shown), ncols=5, size=1.4)
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #b755b8ac
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #7b1bac5a
 RECORD = register(Network(
     name='hmf_mambainr', paper='Luo and Lyu, HMF-MambaINR', build=building(HMFMambaINR),
     smallest=dict(n_sources=2, base_channels=8, n_stages=3, hidden=[32, 32]),
     inputs=Inputs(channels=lambda config: config.get('n_sources', 2), multiple=4, smallest=8,
+        patch=lambda config: config.get('patch_size', 1),
         shape=lambda config, size: (config.get('n_targets', 1), *size)),
     scans=lambda config: 'rhmb' not in config.get('without', ()), fits=plain_fit,
     n_parameters=(({}, 22_587_777), (dict(n_sources=1), 22_584_641), (dict(without=['rhmb']), 22_581_687),
@@ -253,7 +244,7 @@ RECORD = register(Network(
         full_resolution=dict(decoder='inr_full')),
 ))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #44fa0eac
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #e8d3bc9c
 def decoded_size(
     shape,              # (h, w) of the sources
     scale=None,         # factor
@@ -269,7 +260,7 @@ def decoded_size(
             hint='Give size=(height, width) instead.')
     return tuple(round(n*scale) for n in shape)
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #6c40d192
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #dc0da4a9
 def decoder_of(
     network,            # what was given
 ):
@@ -279,7 +270,7 @@ def decoder_of(
     raise ConfigError('network to decode', given=type(network).__name__, expected='an HMFMambaINR, which has features',
         hint='An adapted generator holds it as `network`; others paint a fixed grid.')
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #dfc5441a
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #020ecb30
 def decode(
     network,                        # an HMFMambaINR
     X: Float[Tensor, "b i h w"],    # sources
@@ -292,7 +283,7 @@ def decode(
     z = features_of(X)
     return torch.tanh(image(z, decoded_size(X.shape[2:], scale, size)))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #d5eab434
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #b714c2f5
 def decode_at(
     network,                        # an HMFMambaINR
     X: Float[Tensor, "b i h w"],    # sources

@@ -4,7 +4,7 @@
 __all__ = ['DTYPES', 'LARGE', 'POOLED', 'POOL', 'SMALL', 'BUILDS', 'View', 'Scan', 'view', 'address', 'parameter', 'Pool', 'new',
            'n_threads', 'Kernel', 'build_path', 'check_file', 'load_build', 'find_kernel', 'told', 'kernel',
            'build_reasons', 'cpu_takes', 'n_groups', 'border_size', 'cpu_forward', 'cpu_backward', 'OrderedInputs',
-           'ordered_border_size', 'ordered_forward', 'ordered_backward']
+           'steps_of', 'ordered_border_size', 'ordered_forward', 'ordered_backward']
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #b3e65358
 import ctypes
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .recurrence import ScanInputs
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #fd39611a
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8e57638a
 class View(ctypes.Structure):
     "A tensor (batch, groups, channels, steps) for the kernel: address, strides in elements, dtype. For B and C, channels are states"
     _fields_ = [('data', c_void_p), *((k, c_int64) for k in ('batch', 'group', 'channel', 'step', 'dtype'))]
@@ -34,10 +34,10 @@ def _fields(names, kind): return [(name, kind) for name in names.split()]
 
 class Scan(ctypes.Structure):
     "What one call is given: `struct Scan` of csrc/scan.h, field for field"
-    _fields_ = [*_fields('batch groups channels states length softplus threads merge', c_int64), *_fields('u delta z B C y', View),
-        *_fields('A D bias initial fixed_B fixed_C order lengths last borders', c_void_p),
+    _fields_ = [*_fields('batch groups channels states length softplus threads merge rank', c_int64), *_fields('u delta z B C y', View),
+        *_fields('A D bias initial delta_weight fixed_B fixed_C order lengths last borders', c_void_p),
         *_fields('grad_y grad_u grad_delta grad_z grad_B grad_C', View),
-        *_fields('grad_last grad_initial grad_A grad_D grad_bias grad_fixed_B grad_fixed_C', c_void_p), ('segments', c_int64)]
+        *_fields('grad_last grad_initial grad_A grad_D grad_bias grad_delta_weight grad_fixed_B grad_fixed_C', c_void_p), ('segments', c_int64)]
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5d29e6ed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -279,17 +279,26 @@ def cpu_backward(
     found = {**flowing, **{k: v.sum(0) if len(v) > 1 else v[0] for k, v in shared.items()}, 'initial_state': initial}
     return ScanInputs(*(None if x is None else found[k].to(x.dtype) for k, x in inputs._asdict().items()))
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #1a9020e8
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #e3151e79
 class OrderedInputs(NamedTuple):
     "A scan of k directions over the pixels of an image, channels last; everything stays in pixel order"
     u: Tensor           # (b l c) pixels, shared by the directions
-    delta: Tensor       # (b k l c) raw step sizes
+    delta: Tensor       # (b k l c) raw step sizes, or their factors (b k l r)
     A: Tensor           # (k*c n)
     B: Tensor           # (b k l n)
     C: Tensor           # (b k l n)
     D: Tensor | None    # (k*c)
     delta_bias: Tensor | None   # (k*c)
     order: Tensor       # (k m) pixels in the order visited, int64; -1 at the end of a row: the direction is shorter
+    delta_weight: Tensor | None = None  # (k c r): the raw step sizes are delta @ delta_weight.mT, and never stored
+
+def steps_of(
+    inputs: OrderedInputs,  # with delta itself or with its factors
+) -> Tensor:
+    "Raw step sizes (b k l c)"
+    if inputs.delta_weight is None: return inputs.delta
+    wide = torch.promote_types(inputs.delta.dtype, inputs.delta_weight.dtype)
+    return inputs.delta.to(wide) @ inputs.delta_weight.to(wide).mT
 
 def ordered_border_size(inputs: OrderedInputs, width: int, chunk: int):
     "Numbers kept for backward of an ordered scan"
@@ -298,7 +307,7 @@ def ordered_border_size(inputs: OrderedInputs, width: int, chunk: int):
 
 def _images(x): "View of (b l c), which all directions share, or (b k l c)"; return view(x, 0, 1, 2) if x.ndim == 3 else view(x, 0, 2, 3)
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8e7ec16b
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #c3c5e916
 def _ordered_job(inputs, softplus, threads):
     "As `_job`, for directions that share an image's pixels"
     (b, _, c), (k, m), n = inputs.u.shape, inputs.order.shape, inputs.A.shape[1]
@@ -307,8 +316,12 @@ def _ordered_job(inputs, softplus, threads):
     kept = [parameter(x) for x in (inputs.A, inputs.D, inputs.delta_bias)]
     kept += [inputs.order.contiguous(), (inputs.order >= 0).sum(-1)]
     s.A, s.D, s.bias, s.order, s.lengths = map(address, kept)
-    s.u, s.delta, s.B, s.C = map(_images, (inputs.u, inputs.delta, inputs.B, inputs.C))
-    return s, kept
+    delta, weight = inputs.delta, parameter(inputs.delta_weight)
+    if weight is not None:
+        delta = delta.float() if delta.stride(-1) == 1 else parameter(delta)      # as the kernel reads them: floats, side by side
+        s.rank, s.delta_weight = weight.shape[2], address(weight)
+    s.u, s.delta, s.B, s.C = map(_images, (inputs.u, delta, inputs.B, inputs.C))
+    return s, [*kept, delta, weight]
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8ef68d37
 @torch.no_grad()
@@ -329,7 +342,7 @@ def ordered_forward(
     if y.numel(): build.library.scan_forward(ctypes.byref(s))
     return y.to(u.dtype), borders
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5299c47f
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5314e631
 @torch.no_grad()
 def ordered_backward(
     grad_y: Tensor,         # (b l c)
@@ -339,18 +352,20 @@ def ordered_backward(
     *,
     threads: int = 0,       # as in the forward
     build: Kernel | None = None,    # as in the forward
-) -> list:                  # gradients of the tensors before `order`; None for absent ones
+) -> OrderedInputs:         # gradients in shape and dtype of the inputs, None for absent ones and for `order`
     "Gradients of `ordered_forward`"
-    build, (d, n), b = build or kernel(), inputs.A.shape, len(grad_y)
+    build, weight, b = build or kernel(), inputs.delta_weight, len(grad_y)
     _demand_borders(borders, ordered_border_size(inputs, build.width, build.chunk))
     s, _kept = _ordered_job(inputs, softplus, threads)
     partial = inputs.order.shape[1] < inputs.u.shape[1] or bool((inputs.order < 0).any())
     of_u = new(shape=inputs.u.shape, zero=True)
-    of_delta, of_B, of_C = (new(x, zero=partial) for x in (inputs.delta, inputs.B, inputs.C))
-    shared = [new(shape=(b, d, n)), *(None if x is None else new(shape=(b, d)) for x in (inputs.D, inputs.delta_bias))]
+    of_B, of_C = (new(x, zero=partial) for x in (inputs.B, inputs.C))
+    of_delta = new(inputs.delta, shape=None if weight is None else (*inputs.delta.shape[:3], inputs.u.shape[2]), zero=partial)
+    shared = [None if x is None else new(shape=(b, *x.shape)) for x in (inputs.A, inputs.D, inputs.delta_bias, weight)]
     s.grad_y, s.grad_u, s.grad_delta, s.grad_B, s.grad_C = map(_images, (grad_y, of_u, of_delta, of_B, of_C))
-    s.borders, s.grad_A, s.grad_D, s.grad_bias = map(address, (borders, *shared))
+    s.borders, s.grad_A, s.grad_D, s.grad_bias, s.grad_delta_weight = map(address, (borders, *shared))
     if grad_y.numel(): build.library.scan_backward(ctypes.byref(s))
-    of_A, of_D, of_bias = (None if x is None else x.sum(0) for x in shared)
-    found = of_u, of_delta, of_A, of_B, of_C, of_D, of_bias
-    return [None if g is None else g.to(x.dtype) for g, x in zip(found, inputs[:7], strict=True)]
+    of_A, of_D, of_bias, of_weight = (None if x is None else x.sum(0) for x in shared)
+    if weight is not None: of_delta = new(inputs.delta).copy_(of_delta @ weight.float())
+    found = of_u, of_delta, of_A, of_B, of_C, of_D, of_bias, None, of_weight
+    return OrderedInputs(*(None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)))

@@ -71,11 +71,12 @@ def causal_conv(
     start = edge*(backwards+(past is not None))
     return F.conv1d(x.mT, weight, conv.bias, padding=edge, groups=d)[..., start:start+l].mT
 
-# %% ../../nbs/1_ssm/16_mixers.ipynb #b1f2960b
+# %% ../../nbs/1_ssm/16_mixers.ipynb #43b57046
 class Drive(NamedTuple):
     "Everything that k directions of a scan need, channels last, in the order of the positions (not of the visits)"
     u: Tensor           # (b l d) what is scanned
-    delta: Tensor       # (b k l d) steps before bias and softplus
+    factors: Tensor     # (b k l r) of the steps
+    weight: Tensor      # (k d r) that makes steps of them
     A: Tensor           # (k*d n) decay rates
     B: Tensor           # (b k l n) input weights
     C: Tensor           # (b k l n) output weights
@@ -83,7 +84,10 @@ class Drive(NamedTuple):
     delta_bias: Tensor  # (k*d) added to delta
     order: Tensor       # (k m) positions in the order of the visits, -1 behind the end of a shorter path
 
-# %% ../../nbs/1_ssm/16_mixers.ipynb #122ea93d
+    @property
+    def delta(self) -> Float[Tensor, "b k l d"]: "Steps before bias and softplus"; return self.factors @ self.weight.mT
+
+# %% ../../nbs/1_ssm/16_mixers.ipynb #0066ed88
 def drive(
     u: Float[Tensor, "b l d"],              # what is scanned
     x_proj: Float[Tensor, "k e d"],         # weights of the input-dependent rows: r of steps, n of B, n of C
@@ -97,7 +101,7 @@ def drive(
     r, n = dt_proj.shape[2], A_log.shape[1]
     rows = F.linear(u, x_proj.flatten(0, 1)).unflatten(2, (len(x_proj), -1)).transpose(1, 2)            # b k l r+2n
     dt, B, C = rows.split([r, n, n], -1)
-    return Drive(u, dt @ dt_proj.mT, decay_rates(A_log), B, C, D, dt_bias.flatten(), order)
+    return Drive(u, dt, dt_proj, decay_rates(A_log), B, C, D, dt_bias.flatten(), order)
 
 # %% ../../nbs/1_ssm/16_mixers.ipynb #764c085f
 def add_direction(
@@ -230,13 +234,13 @@ def window_after(
     if window is None: window = v.new_zeros(len(v), k-1, v.shape[2])
     return torch.cat([window.to(v.dtype), v], 1)[:, v.shape[1]:]
 
-# %% ../../nbs/1_ssm/16_mixers.ipynb #9aba7184
+# %% ../../nbs/1_ssm/16_mixers.ipynb #42652cdb
 def run(
     g: Drive,           # what drives the scan
     backend='auto',     # scan backend
 ) -> Float[Tensor, "b l d"]:
     "All directions of a Drive scanned and summed at the positions they came from"
-    return ordered_scan(g.u, g.delta, g.A, g.B, g.C, g.D, g.delta_bias, True, order=g.order, backend=backend)
+    return ordered_scan(g.u, g.factors, g.A, g.B, g.C, g.D, g.delta_bias, True, order=g.order, delta_weight=g.weight, backend=backend)
 
 # %% ../../nbs/1_ssm/16_mixers.ipynb #0c1bb67e
 class BiMamba(nn.Module):

@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'scan_paths', 'DIRECTIONS', 'ORDERED', 'ordered_op', 'order
            'gather_each', 'cross_scan', 'cross_merge', 'check_ordered', 'demand_paths', 'ordered_scan', 'skip_orders',
            'Locality', 'locality']
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #f55a04a2
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #c1edc8a9
 import functools
 import itertools
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import ConfigError, ShapeError, check_choice
-from .cpu_kernel import OrderedInputs, kernel, ordered_backward, ordered_border_size, ordered_forward
+from .cpu_kernel import OrderedInputs, kernel, ordered_backward, ordered_border_size, ordered_forward, steps_of
 from .dispatch import check_backend, constant, operator, selective_scan
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #d9098c4e
@@ -325,19 +325,21 @@ def cross_merge(
     if not isinstance(directions, Tensor): directions = orders(directions, h, w, y.device)
     return scatter_paths(y, directions, h*w)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #b0af7781
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #a20d5773
 def _expected(inputs):
     "Shape that each input of an ordered scan must have"
-    (b, l, c), (k, m), n = inputs.u.shape, inputs.order.shape, inputs.A.shape[-1]
-    return dict(u=(b, l, c), delta=(b, k, l, c), A=(k*c, n), B=(b, k, l, n), C=(b, k, l, n), D=(k*c,), delta_bias=(k*c,), order=(k, m))
+    (b, l, c), (k, m), n, weight = inputs.u.shape, inputs.order.shape, inputs.A.shape[-1], inputs.delta_weight
+    r = c if weight is None else weight.shape[-1]
+    return dict(u=(b, l, c), delta=(b, k, l, r), A=(k*c, n), B=(b, k, l, n), C=(b, k, l, n), D=(k*c,), delta_bias=(k*c,), order=(k, m),
+        delta_weight=(k, c, r))
 
 def check_ordered(
     inputs: OrderedInputs,  # the tensors of an ordered scan
 ) -> None:
     "ShapeError naming the first input that does not fit u, A and order, or has another device"
-    for name, axes in dict(u=3, A=2, order=2).items():
+    for name, axes in dict(u=3, A=2, order=2, delta_weight=3).items():
         x = getattr(inputs, name)
-        if x.ndim != axes: raise ShapeError(name, given=f'shape {tuple(x.shape)}', expected=f'{axes} axes', hint='See ordered_scan.')
+        if x is not None and x.ndim != axes: raise ShapeError(name, given=f'shape {tuple(x.shape)}', expected=f'{axes} axes', hint='See ordered_scan.')
     for name, shape in _expected(inputs).items():
         x = getattr(inputs, name)
         if x is not None and tuple(x.shape) != shape:
@@ -361,48 +363,49 @@ def demand_paths(
     if (there[:, 1:] & ~there[:, :-1]).any(): refuse('-1 between pixels')
     if (seen.scatter_(1, order.where(there, l), True)[:, :l].sum(1) != there.sum(1)).any(): refuse('a pixel twice in one row')
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #5102b14c
-ORDERED = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor order, bool softplus, bool keep'
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #eb22c3eb
+ORDERED = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor order, Tensor? delta_weight, bool softplus, bool keep'
 
 def _ordered(*args):
     "Forward of the compiled ordered scan: y, what backward needs (nothing unless `keep`)"
-    inputs = OrderedInputs(*args[:8])
+    inputs = OrderedInputs(*args[:9])
     demand_paths(inputs.order, inputs.u.shape[1])
-    return ordered_forward(inputs, *args[8:])
+    return ordered_forward(inputs, *args[9:])
 
 def _fake_ordered(*args):
-    inputs, keep = OrderedInputs(*args[:8]), args[9]
+    inputs, keep = OrderedInputs(*args[:9]), args[10]
     size = ordered_border_size(inputs, kernel().width, kernel().chunk) if keep else 0
     return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(size, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #0b62b64d
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #00bcc7e5
 def _ordered_backward(grad_y, borders, *args):
     "Backward of the compiled ordered scan: the gradients of the inputs that are there"
-    grads = ordered_backward(grad_y, OrderedInputs(*args[:8]), borders, args[8])
+    grads = ordered_backward(grad_y, OrderedInputs(*args[:9]), borders, args[9])
     return [g for g in grads if g is not None]
 
 def _fake_ordered_backward(grad_y, borders, *args):
     plain = lambda x: x.new_empty(x.shape)
-    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in args[1:7] if x is not None)]
+    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in (*args[1:7], args[8]) if x is not None)]
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #9dfaf6d1
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #dcb16d91
 def _keep_ordered(ctx, inputs, output):
     "Save for backward the inputs and the border states; no zeros for a gradient of the latter"
     ctx.set_materialize_grads(False)
-    ctx.softplus = inputs[8]
-    ctx.save_for_backward(output[1], *inputs[:8])
+    ctx.softplus = inputs[9]
+    ctx.save_for_backward(output[1], *inputs[:9])
 
 def _ordered_gradients(ctx, grad_y, _):
     "Gradients in the order of the inputs, None for absent ones, order and options"
     borders, *tensors = ctx.saved_tensors
+    order = tensors[7]
     found = iter(ordered_backward_op(grad_y, borders, *tensors, ctx.softplus, True))
-    return *(None if x is None else next(found) for x in tensors[:7]), None, None, None
+    return *(None if x is None or x is order else next(found) for x in tensors), None, None
 
 ordered_op = operator('ordered_scan', f'({ORDERED}) -> (Tensor, Tensor)', _ordered, _fake_ordered, _ordered_gradients, _keep_ordered)
 ordered_backward_op = operator('ordered_scan_backward', f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]',
     _ordered_backward, _fake_ordered_backward)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #03a5ee71
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #433a5051
 @constant
 def _walks_in_place(backend, device, wide): return backend in ('auto', 'cpu') and device == 'cpu' and not wide and kernel() is not None
 
@@ -410,14 +413,14 @@ def _gathered(x, softplus, backend):
     "The ordered scan on any backend: gather, one flat selective scan, scatter"
     if type(x.order) is Tensor and not x.order.is_meta and not torch.compiler.is_compiling(): demand_paths(x.order, x.u.shape[1])
     v = gather_paths(x.u.mT, x.order).flatten(1, 2)
-    delta, B, C = (gather_each(w, x.order) for w in (x.delta, x.B, x.C))
+    delta, B, C = (gather_each(w, x.order) for w in (steps_of(x), x.B, x.C))
     y = selective_scan(v, delta.flatten(1, 2), x.A, B, C, x.D, None, x.delta_bias, softplus, backend=backend)
     return scatter_paths(y.unflatten(1, (len(x.order), -1)), x.order, x.u.shape[1]).mT
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #fd378bde
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #9e974036
 def ordered_scan(
     u: Float[Tensor, "b l c"],          # pixels, channels last, shared by k directions
-    delta: Float[Tensor, "b k l c"],    # raw step sizes
+    delta: Float[Tensor, "b k l r"],    # raw step sizes, r = c; with delta_weight r factors of them
     A: Float[Tensor, "kc n"],           # decay rates
     B: Float[Tensor, "b k l n"],        # input weights
     C: Float[Tensor, "b k l n"],        # output weights
@@ -426,19 +429,20 @@ def ordered_scan(
     delta_softplus: bool = False,       # whether softplus makes the steps positive
     *,
     order: Int[Tensor, "k m"],          # pixels each direction visits, each at most once; -1 behind the end of a shorter one
+    delta_weight: Float[Tensor, "k c r"] | None = None,     # raw step sizes are delta @ delta_weight.mT, which `cpu` never stores
     backend: str = 'auto',              # 'auto' or a name out of `backends()`
 ) -> Float[Tensor, "b l c"]:
     "Selective scans along several paths of an image, summed (VMamba's cross-scan and merge). Raises ShapeError, ConfigError, BackendError"
-    inputs = OrderedInputs(u, delta, A, B, C, D, delta_bias, order)
+    inputs = OrderedInputs(u, delta, A, B, C, D, delta_bias, order, delta_weight)
     check_ordered(inputs)
     check_backend(backend)
-    tensors = [x for x in inputs[:7] if x is not None]
+    tensors = [x for x in (*inputs[:7], delta_weight) if x is not None]
     wide = any(x.dtype == torch.float64 for x in tensors)
     if not _walks_in_place(backend, u.device.type, wide): return _gathered(inputs, delta_softplus, backend)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return ordered_op(*inputs, delta_softplus, keep)[0]
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #8cfc1cd1
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #e36f70a4
 def skip_orders(
     h: int,                 # image height, pixels
     w: int,                 # image width, pixels
@@ -450,7 +454,7 @@ def skip_orders(
     h, w = check_size(h, w)
     return scan_paths(','.join(check_directions(directions)), h, w, check_step(step), torch.device(device))
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #ea05eef8
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #edbf117b
 class Locality(NamedTuple):
     "How well a path keeps neighbours together"
     step: float     # mean image distance of successive pixels, pixels
@@ -459,7 +463,7 @@ class Locality(NamedTuple):
     near: float     # share of 4-neighbours at most 8 positions apart, 0 to 1
     worst: float    # longest such distance, positions
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #e01615da
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #d4fff329
 def locality(
     order: Int[Tensor, "l"],    # a path through every pixel
     h: int,                     # image height, pixels
