@@ -166,7 +166,12 @@ def free_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus
     y = gated(Free.apply(1, u, delta, A, B, C, D, delta_bias), z)
     return (y, no_state(u, A)) if return_last_state else y
 
-def free_ordered(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, *, order, backend=None):
+def steps(delta, weight):
+    "Steps from their factors, as a projection in front of a scan makes them: it stays where the scan goes"
+    return delta if weight is None else delta @ weight.mT
+
+def free_ordered(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, *, order, delta_weight=None, backend=None):
+    delta = steps(delta, delta_weight)
     return Free.apply(order.numel()/u.shape[1], u, delta, A, B, C, D, delta_bias)
 
 def bare_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **_):
@@ -182,11 +187,11 @@ def mambapy_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
 
 def turn_views(*tensors): return [None if x is None else x.mT for x in tensors]
 
-def mambapy_ordered(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, *, order, backend=None):
+def mambapy_ordered(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, *, order, delta_weight=None, backend=None):
     "Directions gathered one after the other, scanned by mambapy, scattered and summed: what cross-scan costs without a kernel for it"
     k, c = len(order), u.shape[2]
     v = gather_paths(u.mT, order)                                           # b k c m
-    delta, B, C = (gather_each(x, order) for x in (delta, B, C))            # b k c m, b k n m
+    delta, B, C = (gather_each(x, order) for x in (steps(delta, delta_weight), B, C))   # b k c m, b k n m
     parts = [mambapy_scan(v[:, i], delta[:, i], A[i*c:(i+1)*c], B[:, i], C[:, i], D[i*c:(i+1)*c], None, delta_bias[i*c:(i+1)*c])
         for i in range(k)]
     return scatter_paths(torch.stack(parts, 1), order, u.shape[1]).mT

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['GLOSSARY', 'I2IError', 'ShapeError', 'ConfigError', 'CohortError', 'CheckpointError', 'BackendError', 'DiskError',
-           'check_choice', 'from_dict', 'numpy_rng', 'torch_rng', 'seed_everything', 'free_bytes', 'atomic_path',
-           'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256', 'Inputs', 'Spec', 'plain_fit', 'Network',
-           'Recipe', 'register', 'networks', 'recipes', 'network', 'recipe', 'slice_view', 'show_images',
-           'show_comparison', 'show_curves', 'glossary', 'versions']
+           'check_choice', 'check_switch', 'from_dict', 'numpy_rng', 'torch_rng', 'seed_everything', 'free_bytes',
+           'atomic_path', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256', 'Inputs', 'Spec',
+           'plain_fit', 'Network', 'Recipe', 'register', 'networks', 'recipes', 'network', 'recipe', 'slice_view',
+           'show_images', 'show_comparison', 'show_curves', 'glossary', 'versions']
 
 # %% ../nbs/0_start/01_core.ipynb #321b3eba
 import contextlib
@@ -70,7 +70,17 @@ def check_choice(
     hint = f'Did you mean {near[0]!r}?' if near else 'Choose one of them.'
     raise ConfigError(what, given=repr(given), expected='one of '+', '.join(known), hint=hint)
 
-# %% ../nbs/0_start/01_core.ipynb #bb9b99b8
+# %% ../nbs/0_start/01_core.ipynb #5a67c19b
+def check_switch(
+    who,            # what has the switches, for the message
+    **switches,     # name -> value
+):
+    "Raise ConfigError unless every switch is True or False"
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f'{name} of {who}', given=repr(value), expected='True or False', hint='Leave it out for the default.')
+
+# %% ../nbs/0_start/01_core.ipynb #bcb30cdd
 def from_dict(
     cls,            # a dataclass
     settings,       # dict of its fields
@@ -83,7 +93,7 @@ def from_dict(
         raise ConfigError(f'settings of {cls.__name__}', given=', '.join(settings) or 'none', expected=str(e).split(') ')[-1],
             hint='Add the missing settings.') from e
 
-# %% ../nbs/0_start/01_core.ipynb #7b4f95d4
+# %% ../nbs/0_start/01_core.ipynb #d9ae3b80
 def _entropy(seed, keys):
     "128-bit integer from a seed and keys"
     text = json.dumps([int(seed), *[str(k) for k in keys]])
@@ -96,7 +106,7 @@ def numpy_rng(
     "NumPy generator of its own for these keys; no global state is touched"
     return np.random.default_rng(_entropy(seed, keys))
 
-# %% ../nbs/0_start/01_core.ipynb #092266b5
+# %% ../nbs/0_start/01_core.ipynb #5f341e01
 def torch_rng(
     seed,           # integer of the run
     *keys,          # what the stream is for: strings or integers
@@ -112,7 +122,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/0_start/01_core.ipynb #bf86ecc1
+# %% ../nbs/0_start/01_core.ipynb #1808d654
 def free_bytes(
     path,           # file or folder, existing or not
 ):
@@ -128,7 +138,7 @@ def _disk_error(path, e):
     return DiskError(f'writing {path}', given=f'{why}, {free_bytes(path)} bytes free', expected='a writable place with room',
         hint='Free space or choose another folder; what was there before is untouched.')
 
-# %% ../nbs/0_start/01_core.ipynb #8b53c7a4
+# %% ../nbs/0_start/01_core.ipynb #3aa596be
 @contextlib.contextmanager
 def atomic_path(
     path,           # where the file shall be
@@ -145,7 +155,7 @@ def atomic_path(
     finally:
         with contextlib.suppress(OSError): part.unlink()
 
-# %% ../nbs/0_start/01_core.ipynb #dee04ba5
+# %% ../nbs/0_start/01_core.ipynb #6572bc71
 def write_bytes(
     path,           # where the file shall be
     data,           # bytes
@@ -155,14 +165,14 @@ def write_bytes(
         f.write(data)
     return Path(path)
 
-# %% ../nbs/0_start/01_core.ipynb #b1655957
+# %% ../nbs/0_start/01_core.ipynb #db2edc43
 def write_text(path, text): "Write `text` as UTF-8, whole or not at all"; return write_bytes(path, text.encode())
 
 def write_json(path, obj):
     "Write `obj` as indented JSON, whole or not at all; NaN is refused"
     return write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)+'\n')
 
-# %% ../nbs/0_start/01_core.ipynb #5b87e3e7
+# %% ../nbs/0_start/01_core.ipynb #702438f3
 def read_json(
     path,           # an existing JSON file
 ):
@@ -172,12 +182,12 @@ def read_json(
         raise ConfigError(str(path), given=type(e).__name__+f' ({e})', expected='a readable JSON file',
             hint='Check the path, or write the file again.') from e
 
-# %% ../nbs/0_start/01_core.ipynb #44fbd7ac
+# %% ../nbs/0_start/01_core.ipynb #d6378ba7
 def sha256(path):
     "Hexadecimal SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/0_start/01_core.ipynb #fce93d29
+# %% ../nbs/0_start/01_core.ipynb #1b90049d
 def _one_image(config, size): return (1, *size)
 def _as_it_is(config): return 1
 
@@ -197,7 +207,7 @@ class Inputs:
         "(what h and w are divisible by, the least they may be) under a configuration"
         return self.multiple*self.patch(config), self.smallest*self.patch(config)
 
-# %% ../nbs/0_start/01_core.ipynb #33c74970
+# %% ../nbs/0_start/01_core.ipynb #4637ef8e
 @dataclass(frozen=True)
 class Spec:
     "Images into a generator, images out of it, and time"
@@ -213,7 +223,7 @@ def plain_fit(
     "Configuration of a generator that knows no time: noisy images and, where there are time steps, a map of the time are sources too"
     return dict(n_sources=spec.sources+spec.noise+bool(spec.steps), n_targets=spec.targets)
 
-# %% ../nbs/0_start/01_core.ipynb #86c6dd8d
+# %% ../nbs/0_start/01_core.ipynb #2eafe8e7
 def _no_scan(config): return False
 
 @dataclass(frozen=True)
@@ -232,7 +242,7 @@ class Network:
     scans: Callable = _no_scan              # config -> whether a selective scan is inside
     fits: Callable | None = None            # Spec -> configuration; None for what cannot serve as a generator
 
-# %% ../nbs/0_start/01_core.ipynb #0ba58d19
+# %% ../nbs/0_start/01_core.ipynb #b3482d2b
 @dataclass(frozen=True)
 class Recipe:
     "Record of one way to learn"
@@ -241,7 +251,7 @@ class Recipe:
     build: Callable                         # networks and options by keyword -> recipe object
     networks: dict                          # role -> registered name; None is chosen by the user
 
-# %% ../nbs/0_start/01_core.ipynb #dab7cc14
+# %% ../nbs/0_start/01_core.ipynb #e9344f25
 _records = {Network: {}, Recipe: {}}
 
 def register(
@@ -251,13 +261,13 @@ def register(
     _records[type(record)][record.name] = record
     return record
 
-# %% ../nbs/0_start/01_core.ipynb #860313bc
+# %% ../nbs/0_start/01_core.ipynb #c4e9dabd
 def _discover(package):
     "Import every module of a subpackage, so that its records enter the registry"
     home = importlib.import_module(f'{__package__ or "i2i_mamba_nb"}.{package}')
     for m in pkgutil.iter_modules(home.__path__): importlib.import_module(f'{home.__name__}.{m.name}')
 
-# %% ../nbs/0_start/01_core.ipynb #c509063b
+# %% ../nbs/0_start/01_core.ipynb #8b592bb3
 def networks(
     kind=None,      # 'generator', 'discriminator', 'autoencoder' or None for all
 ):
@@ -265,7 +275,7 @@ def networks(
     _discover('models')
     return {n: r for n, r in sorted(_records[Network].items()) if kind in (None, r.kind)}
 
-# %% ../nbs/0_start/01_core.ipynb #6900ab92
+# %% ../nbs/0_start/01_core.ipynb #f2475d7e
 def recipes():
     "Registered recipes by name"
     _discover('learn')
@@ -274,7 +284,7 @@ def recipes():
 def network(name): "The record of a network; ConfigError names the nearest"; return networks()[check_choice('network', name, networks())]
 def recipe(name): "The record of a recipe; ConfigError names the nearest"; return recipes()[check_choice('recipe', name, recipes())]
 
-# %% ../nbs/0_start/01_core.ipynb #0dcc696e
+# %% ../nbs/0_start/01_core.ipynb #4f826ff8
 def slice_view(
     volume,         # (x, y, z) array in canonical RAS orientation
     axis=2,         # 0 sagittal, 1 coronal, 2 axial
@@ -284,7 +294,7 @@ def slice_view(
     index = volume.shape[axis]//2 if index is None else index
     return np.take(np.asarray(volume), index, axis).T[::-1]
 
-# %% ../nbs/0_start/01_core.ipynb #d075e38a
+# %% ../nbs/0_start/01_core.ipynb #56a28818
 def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     "One picture on one pair of axes"
     low, high = limits or (None, None)
@@ -293,7 +303,7 @@ def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     ax.set_xticks([]), ax.set_yticks([])
     if colorbar: ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03)
 
-# %% ../nbs/0_start/01_core.ipynb #8545ab87
+# %% ../nbs/0_start/01_core.ipynb #f95d7575
 def _grid(n, ncols, size, aspect=1.):
     "Figure with n axes in ncols columns, the rest switched off"
     import matplotlib.pyplot as plt
@@ -303,7 +313,7 @@ def _grid(n, ncols, size, aspect=1.):
     for ax in axes.flat[n:]: ax.axis('off')
     return fig, axes.flat[:n]
 
-# %% ../nbs/0_start/01_core.ipynb #8960b781
+# %% ../nbs/0_start/01_core.ipynb #094ceb9a
 def show_images(
     images,             # list of 2-D arrays [row, column]
     titles=None,        # list of titles
@@ -322,7 +332,7 @@ def show_images(
         _panel(ax, image, titles and titles[k], cmap, limits, colorbar, aspect)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #b282f9e7
+# %% ../nbs/0_start/01_core.ipynb #d2ab11d2
 def show_comparison(
     sources,            # dict name -> 2-D array
     target,             # 2-D array
@@ -341,7 +351,7 @@ def show_comparison(
     _panel(axes[-1], np.abs(np.asarray(fake)-np.asarray(target)), 'absolute error', 'inferno', (0, (high-low)/4), True)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #a99bd0af
+# %% ../nbs/0_start/01_core.ipynb #6219eb8e
 def show_curves(
     curves,             # dict name -> y, or (x, y)
     *,
@@ -360,7 +370,7 @@ def show_curves(
     ax.legend(fontsize=8), ax.grid(alpha=.3)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #c4128e9b
+# %% ../nbs/0_start/01_core.ipynb #3fe47e41
 GLOSSARY = {
     'source': 'an image that is at hand and goes into the network',
     'target': 'the image that is missing in use and present in training',
@@ -381,7 +391,7 @@ GLOSSARY = {
 
 def glossary(term): "Meaning of a term of this book; ConfigError names the nearest"; return GLOSSARY[check_choice('term', term, GLOSSARY)]
 
-# %% ../nbs/0_start/01_core.ipynb #5c132b57
+# %% ../nbs/0_start/01_core.ipynb #95ded9d4
 def versions():
     "Versions that a result depends on: python, torch, numpy and this package"
     from i2i_mamba_nb import __version__

@@ -220,6 +220,20 @@ def test_the_last_images_come_back(targets):
     x, _, _ = given(net)
     assert torch.equal(net(x), net.network(x)[:, 3-targets:])
 
+VARIANCE = [n for n in GENERATORS if 'condition' in network(n).inputs.further]
+
+@pytest.mark.parametrize('n_targets', [1, 5, 8])
+@pytest.mark.parametrize('name', VARIANCE)
+def test_networks_with_a_code_of_the_variance_give_what_the_recipe_asks(name, n_targets):
+    "Their noise comes first and the code behind it, so that the last channels would be the code"
+    assert {'cola_diff', 'ldm'} == set(VARIANCE)
+    spec = SPECS['latent diffusion']
+    with pytest.raises(ConfigError, match='Leave n_targets to the record'): small(name, spec, n_targets=n_targets)
+    net = small(name, spec, n_targets=4)
+    x, t, _ = given(net)
+    inner = net.images(x, t)
+    with torch.no_grad(): assert torch.equal(net(x, t), net.network(inner, t, inner.new_zeros(2, 0, *x.shape[2:])))
+
 def test_slots():
     assert input_slots('x', dict(n_sources=5), (2, 2)) == (1, 0) and input_slots('x', dict(n_sources=2, n_noise=2), (1, 1)) == (1, 1)
     for config, wanted in ((dict(n_sources=2), (2, 1)), (dict(n_sources=1, n_noise=1), (1, 2)), (dict(n_sources=1, n_noise=4), (2, 1))):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from i2i_mamba_nb.blocks.evss import (
+    GATES,
     MIXERS,
     PHASES,
     AttentionDecoder,
@@ -21,7 +22,7 @@ from i2i_mamba_nb.blocks.evss import (
 )
 from i2i_mamba_nb.core import CheckpointError, ConfigError, ShapeError, Spec, network, torch_rng
 from i2i_mamba_nb.measure.complexity import multiply_adds
-from i2i_mamba_nb.models.cravim import CRAViM, fits, load_released, stages, translated
+from i2i_mamba_nb.models.cravim import DECODERS, GATE_OF, VARIANTS, CRAViM, fits, load_released, stages, translated
 from i2i_mamba_nb.ssm import selective_scan
 from i2i_mamba_nb.ssm.mixers import ES2D, SS2D, trace
 from i2i_mamba_nb.ssm.scan_orders import skip_orders
@@ -333,6 +334,43 @@ def test_wrong_images_are_refused():
 
 def test_weights_of_one_variant_do_not_load_into_the_other():
     with pytest.raises(RuntimeError, match='softmax'): CRAViM(1, 'released', **SMALL).load_state_dict(CRAViM(**SMALL).state_dict())
+    gates, plain = [CRAViM(**SMALL, gate=g) for g in GATES], dict(decoder='plain', **SMALL)
+    with pytest.raises(RuntimeError, match='gate_branches'): gates[1].load_state_dict(gates[0].state_dict())
+    with pytest.raises(RuntimeError, match='gate_released'): CRAViM(1, 'released', **plain).load_state_dict(CRAViM(**plain).state_dict())
+
+KINDS = [dict(variant=v, gate=g, decoder=d) for v in VARIANTS for g in (None, *GATES) for d in DECODERS]
+
+@pytest.mark.parametrize('trunk, mixer', [('evss', 'es2d'), ('evss', 'none'), ('residual', 'es2d')])
+def test_same_names_are_the_same_network(trunk, mixer):
+    "Of any two by variant, gate and decoder: weights that load give the same bits, on maps with odd sides too"
+    torch.manual_seed(18)
+    nets, x = [CRAViM(**SMALL, **k, trunk=trunk, mixer=mixer).eval() for k in KINDS], rand(1, 2, 20, 28)
+    alike = 0
+    for a, b in itertools.permutations(nets, 2):
+        if a.state_dict().keys() != b.state_dict().keys(): continue
+        b.load_state_dict(a.state_dict())
+        with torch.no_grad(): assert torch.equal(a(x), b(x)), (a.config, b.config)
+        alike += 1
+    assert alike == (6*2 if trunk == 'evss' else 4*6+6*5), 'a gate left out is the variant\'s own; without a gate only the maps tell'
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_variants_own_gate_keeps_its_name(variant):
+    own, other = GATE_OF[variant], next(g for g in GATES if g != GATE_OF[variant])
+    def names(**k): return {n.split('.')[2] for n in CRAViM(1, variant, **SMALL, **k).state_dict() if n.startswith('trunk.evss')}
+    rest = {'norm', 'norm_mlp', 'scan', 'conv_branch', 'mlp'}
+    assert names() == names(gate=own) == names(decoder='contents') == rest|{'gate'} and names(gate=other) == rest|{f'gate_{other}'}
+    by = '' if variant == 'paper' else '_released'
+    assert names(decoder='plain') == rest|{f'gate{by}'} and names(decoder='plain', gate=other) == rest|{f'gate_{other}{by}'}
+
+def test_a_gate_of_another_name_computes_the_same():
+    torch.manual_seed(19)
+    for gate in GATES:
+        a, b = EVSSBlock(16, gate=gate).eval(), EVSSBlock(16, gate=gate, gate_name='gate_own').eval()
+        b.load_state_dict({k.replace('gate.', 'gate_own.'): v for k, v in a.state_dict().items()})
+        x = rand(1, 16, 5, 7)
+        assert torch.equal(a(x), b(x))
+    for wrong in ('scan', 'forward', 'gate.own', '', 3):
+        with pytest.raises(ConfigError, match='gate_name'): EVSSBlock(16, gate_name=wrong)
 
 # --- the network
 
@@ -498,5 +536,22 @@ def test_wrong_files_change_nothing():
     for wrong in bad:
         with pytest.raises(CheckpointError, match='released weights'): load_released(net, wrong)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    for config in (dict(), dict(variant='released', n_spare=0), dict(variant='released', mixer='ss2d')):
-        with pytest.raises(ConfigError, match='network for released weights'): load_released(CRAViM(**SMALL | config), file)
+
+UNPUBLISHED = [dict(variant='paper'), dict(n_spare=0), dict(mixer='ss2d'), dict(gate='input'), dict(decoder='plain'),
+    dict(decoder='contents'), dict(trunk='residual'), dict(n_maps=6, n_spare=0), dict(n_maps=4), dict(n_extra=1),
+    dict(norm_at_test='batch_statistics'), dict(n_sources=2), dict(n_sources=3, n_noise=0), dict(n_targets=1)]
+
+@pytest.mark.parametrize('config', UNPUBLISHED, ids=str)
+def test_released_weights_go_into_the_released_network_only(config):
+    file = {n: torch.zeros(s) for n, s in released_shapes(c=4, n_blocks=1).items()}
+    with pytest.raises(ConfigError, match='network for released weights') as said:
+        load_released(CRAViM(**SMALL | dict(variant='released') | config), file)
+    assert next(iter(config)) in str(said.value) or 'n_targets' in str(said.value)
+
+@pytest.mark.parametrize('config', [dict(), dict(gate='branches'), dict(n_sources=2, n_noise=0)], ids=str)
+def test_what_is_the_released_network_takes_them(config):
+    "However it is written; all of them give the same output"
+    file = {n: .1*rand(*s, seed=len(n)).abs() if s else torch.tensor(3) for n, s in released_shapes(c=4, n_blocks=1).items()}
+    nets, x = [CRAViM(**SMALL | dict(variant='released') | c).eval() for c in ({}, config)], rand(1, 2, 20, 28)
+    for net in nets: load_released(net, file)
+    with torch.no_grad(): assert torch.equal(nets[0](x), nets[1](x))

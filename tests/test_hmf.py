@@ -368,7 +368,8 @@ def test_patches_cover_the_bottleneck_or_the_size_is_refused(patch_size, good, b
         for size in good: assert net(images(1, 2, *size)).shape == (1, 1, *size)
         for size in bad:
             for call in (net, net.features, lambda X: decode(net, X, scale=1)):
-                with pytest.raises(ShapeError, match=f'patch_size={patch_size}.*divisible by {4*patch_size} and at least {8*patch_size}'): call(images(1, 2, *size))
+                said = f'patch_size={patch_size}.*divisible by {4*patch_size} and at least {8*patch_size}'
+                with pytest.raises(ShapeError, match=said): call(images(1, 2, *size))
 
 def test_the_records_multiple_holds_for_all_it_registers():
     configs = [RECORD.smallest, *RECORD.presets.values(), *(RECORD.smallest | a for a in RECORD.ablations.values())]

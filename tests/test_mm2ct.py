@@ -1,8 +1,10 @@
 "MM2CT and its parts at sizes, numbers of modalities and settings that the chapters do not show"
 import copy
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from i2i_mamba_nb.blocks.diffusive import (
     PyramidConv,
     fir_down,
     fir_kernel,
+    fir_numbers,
     fir_up,
     scaled,
 )
@@ -41,6 +44,7 @@ from i2i_mamba_nb.blocks.fusion import (
 )
 from i2i_mamba_nb.core import ConfigError, ShapeError, Spec, network
 from i2i_mamba_nb.measure.complexity import multiply_adds
+from i2i_mamba_nb.models.discriminators import TimeDownBlock
 from i2i_mamba_nb.models.mm2ct import MM2CT, DiffusiveUNet, ResNetGenerator, maps_of, unet_plan
 from i2i_mamba_nb.ssm.mixers import set_backend, trace
 
@@ -90,7 +94,7 @@ def test_unet_layers_are_those_of_the_text():
     assert sum(b.attention is not None for b in net.encoder) == 2 and sum(b.attention is not None for b in net.decoder) == 1
     assert [b.attention is not None for b in net.middle] == [True, False] and len(net.pyramid) == 5
     assert all(b.norm_1.style.in_features == b.norm_2.style.in_features == 64 and b.time.in_features == 256 for b in blocks)
-    assert all(b.fir.shape == (4, 4) for b in blocks)
+    assert all(torch.equal(torch.tensor(b.fir), fir_kernel()) for b in blocks)
     assert [layer.in_features for layer in net.latent.layers] == [64]*4 and net.time.first.in_features == 64
 
 def test_multiply_adds_of_the_concatenation_are_syndiffs():
@@ -99,11 +103,11 @@ def test_multiply_adds_of_the_concatenation_are_syndiffs():
         plain = multiply_adds(DiffusiveUNet(), torch.empty(1, 2, 128, 64), t, z)
         assert multiply_adds(MM2CT(fusion='concatenation'), torch.empty(1, 3, 128, 64), t, z) == plain+2*128*64
 
-@pytest.mark.parametrize('levels, n_blocks', list(itertools.product((1, 2, 3, 6), (1, 2, 3))))
-def test_plan_fits_together(levels, n_blocks):
-    widths = [8*m for m in (1, 2, 3, 1, 4, 5)[:levels]]
-    down, up = unet_plan(widths, n_blocks, (2,))
-    kept, c = [widths[0]], widths[0]
+@pytest.mark.parametrize('first, levels, n_blocks', list(itertools.product((1, 2), (1, 2, 3, 6), (1, 2, 3))))
+def test_plan_fits_together(first, levels, n_blocks):
+    widths = [8*m for m in (first, 2, 3, 1, 4, 5)[:levels]]
+    down, up = unet_plan(8, widths, n_blocks, (2,))
+    kept, c = [8], 8
     for r in down:
         assert r.c_in == c
         c = r.c_out
@@ -146,6 +150,25 @@ def test_adaptive_group_norm_is_per_image(b, c):
     norm, x, s = AdaptiveGroupNorm(c, 5), 3+2*torch.randn(b, c, 5, 7), torch.randn(b, 5)
     gamma, beta = norm.style(s)[:, :, None, None].chunk(2, 1)
     torch.testing.assert_close(norm(x, s), gamma*F.group_norm(x, norm_groups(c), eps=1e-6)+beta, atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('taps', [(1, 3, 3, 1), (1, 2, 5, .5)])
+def test_filters_follow_their_input_in_precision_and_hold_nothing(taps):
+    for module, given in ((DiffusiveBlock(4, 4, 5, 3, resample='down', taps=taps), (torch.randn(1, 5), torch.randn(1, 3))),
+            (DiffusiveBlock(4, 4, 5, 3, resample='up', taps=taps), (torch.randn(1, 5), torch.randn(1, 3))),
+            (PyramidConv(4, 2, taps), ()), (TimeDownBlock(4, 2, 5, taps), (torch.randn(1, 5),))):
+        assert not list(module.buffers())
+        x = torch.randn(1, 4, 6, 10)
+        single, double = module(x, *given), module.double()(x.double(), *(v.double() for v in given))
+        assert double.dtype == torch.double
+        torch.testing.assert_close(single, double.float(), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('taps', [(1, 3, 3, 1), (1, 2, 5, .5), (1/3, .7)])
+def test_fir_numbers_are_the_rounded_outer_product(taps):
+    row = torch.tensor(taps, dtype=torch.double)/sum(taps)
+    for dtype in (torch.double, torch.float32, torch.bfloat16):
+        kernel = torch.ones(1, dtype=dtype).new_tensor(fir_numbers(taps))
+        torch.testing.assert_close(kernel, torch.outer(row, row).to(dtype), atol=0, rtol=1e-15 if dtype == torch.double else 0)
+    assert all(type(v) is float for r in fir_numbers(taps) for v in r) and torch.equal(fir_kernel(taps), torch.tensor(fir_numbers(taps)))
 
 def test_block_learns_time_and_style_and_keeps_its_input():
     block, x = DiffusiveBlock(8, 8, 5, 3), torch.randn(2, 8, 5, 7)
@@ -332,6 +355,20 @@ def test_every_stream_has_a_channel_for_every_other(shared):
         with pytest.raises(ConfigError, match='at least [35]'): build()
     assert Fusion(4, width=4, depth=1)(torch.randn(1, 4, 5, 6)).shape == (1, 1, 5, 6)
 
+@pytest.mark.parametrize('shared', ['no', 'yes', 0, 1, None, b'x', np.int64(2), np.True_, torch.tensor(True), [True]])
+def test_sharing_is_a_switch(shared):
+    kinds = [ChannelSwapMamba, CrossModalMamba, CrossMamba, DynamicEnhancement, Fusion, MM2CT]
+    for build in kinds:
+        with pytest.raises(ConfigError, match=r'shared of \w+.*expected True or False.*Leave it out'): build(4, 2, shared=shared)
+    for fusion in FUSIONS:
+        with pytest.raises(ConfigError, match='shared of Fusion'): Fusion(2, fusion=fusion, shared=shared)
+        with pytest.raises(ConfigError, match='shared of MM2CT'): network('mm2ct').build(**TINY, fusion=fusion, shared=shared)
+
+def test_a_switch_is_written_as_it_was_read():
+    for shared in (True, False): assert json.loads(json.dumps(MM2CT(**TINY, shared=shared).config))['shared'] is shared
+    alone, each = (count(Fusion(2, width=4, depth=1, shared=s)) for s in (True, False))
+    assert alone < each
+
 @pytest.mark.parametrize('measure', [lambda b: reading(b, 2, 6), lambda b: heard(b, 2, 6, 8)])
 def test_measuring_leaves_the_block_as_it_was(measure):
     block = CrossModalMamba(6, 2)
@@ -383,6 +420,20 @@ def test_unet_levels_and_odd_widths(levels, outputs):
     y = net(torch.randn(2, 3, 32, 64), *beside(2, 5))
     assert y.shape == (2, 1, 32, 64) and net.tail.out_channels == (3 if outputs == 'as_inputs' else 1)
 
+@pytest.mark.parametrize('multipliers', [[2], [2, 4], [2, 2], [3, 1, 2], [5, 3], [1], [1, 2]])
+@pytest.mark.parametrize('n_blocks', [1, 2])
+def test_the_first_level_may_have_another_width_than_the_head(multipliers, n_blocks):
+    config = dict(base_channels=4, multipliers=multipliers, n_blocks=n_blocks)
+    syndiff = network('syndiff').build(**config)
+    for net, x in ((DiffusiveUNet(**config), torch.randn(2, 2, 32, 64)), (syndiff, torch.randn(2, 2, 32, 64)),
+            (MM2CT(**config, width=4, depth=1), torch.randn(2, 3, 32, 64))):
+        unet = getattr(net, 'unet', net)
+        assert net(x, *beside(2)).shape == (2, 1, 32, 64) and net(x, *beside(2)).isfinite().all()
+        assert unet.head.out_channels == 4 and unet.encoder[0].conv_1.in_channels == 4
+        assert unet.encoder[0].conv_1.out_channels == unet.norm.num_channels == 4*multipliers[0]
+        assert [(p.conv.in_channels, p.conv.out_channels) for p in unet.pyramid] == [
+            (a, 4*b) for a, b in zip([2, *(4*m for m in multipliers)], multipliers[:-1], strict=False)]
+
 @pytest.mark.parametrize('c', [3, 8, 64])
 def test_time_code_is_syndiffs(c):
     "Frequencies 10000^(-k/(K-1)), K = c/2: the slowest is 1/10000 itself"
@@ -398,7 +449,7 @@ def test_time_code_is_syndiffs(c):
 def test_attention_is_at_16_or_at_the_deepest(levels, expected):
     net = DiffusiveUNet(base_channels=4, multipliers=[1]*levels, n_blocks=1)
     assert net.config['attention_at'] == [expected]
-    down, up = unet_plan([4]*levels, 1, (expected,))
+    down, up = unet_plan(4, [4]*levels, 1, (expected,))
     for part, rows in ((net.encoder, down), (net.decoder, up)):
         assert [b.attention is not None for b in part] == [r.attention for r in rows] and any(r.attention for r in rows)
     assert not any(b.attention for b in DiffusiveUNet(base_channels=4, multipliers=[1]*levels, n_blocks=1, attention_at=[]).encoder)

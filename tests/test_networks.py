@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from i2i_mamba_nb.blocks.conv import activation_checkpointing
-from i2i_mamba_nb.core import networks
+from i2i_mamba_nb.core import ShapeError, networks
 from i2i_mamba_nb.measure.complexity import multiply_adds
 from i2i_mamba_nb.ssm import backends
 from i2i_mamba_nb.ssm.mixers import SS2D, BiMamba, Mamba, set_backend
@@ -197,6 +197,15 @@ def test_07_safetensors_round_trip(record, config, tmp_path):
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
 
 @every
+def test_07_built_on_meta_and_loaded_gives_the_same_bits(record, config):
+    net, given = build(record, config), inputs(record, config)
+    step(net, given, torch.optim.Adam(net.parameters(), 1e-3))
+    with torch.device('meta'): again = record.build(**config)
+    again.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    assert [n for n, v in (*again.named_parameters(), *again.named_buffers()) if v.is_meta] == []
+    with torch.no_grad(): assert torch.equal(flat(again.eval()(*given)), flat(net.eval()(*given)))
+
+@every
 def test_08_config_json_round_trip(record, config):
     net = build(record, config)
     again = build(record, json.loads(json.dumps(net.config)))
@@ -238,6 +247,18 @@ def test_10_bf16_and_recomputed_activations_agree(record, config):
         flat(twin(*given)).square().sum().backward()
         results.append([*(p.grad for p in twin.parameters()), *twin.buffers()])
     for a, b in zip(*results, strict=True): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+@every
+def test_11_images_of_another_kind_are_refused_in_words(record, config):
+    net, (x, *more) = build(record, config), inputs(record, config)
+    for said, bad in {'given torch.float64, expected torch.float32': x.double(), 'given device meta, expected cpu': x.to('meta')}.items():
+        with pytest.raises(ShapeError, match=said): net(bad, *more)
+    for k, v in enumerate(more):
+        if v.ndim > 1:
+            with pytest.raises(ShapeError, match='expected torch.float32'): net(x, *more[:k], v.double(), *more[k+1:])
+        else:
+            for bad in (v*float('nan'), -1.-v, v > 0):
+                with pytest.raises(ShapeError, match='numbers from 0'): net(x, *more[:k], bad, *more[k+1:])
 
 @every
 def test_11_illegal_input_is_refused_in_words(record, config):

@@ -3,10 +3,12 @@
 # %% auto #0
 __all__ = ['NORMS', 'AT_TEST', 'BatchNorm', 'norm_layer', 'brain_slice', 'show_norms', 'conv_stage', 'up_stage', 'out_stage',
            'ResidualBlock', 'frozen_statistics', 'Stage', 'ResidualCNN', 'activation_checkpointing', 'outputs_of',
-           'effective_fields', 'check_images', 'check_further', 'check_positive', 'building']
+           'effective_fields', 'check_kind', 'check_images', 'check_times', 'check_further', 'check_positive',
+           'building']
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #e4b7af76
+# %% ../../nbs/4_blocks/40_conv.ipynb #14d224bd
 import contextlib
+import math
 from inspect import signature
 
 import torch
@@ -202,7 +204,20 @@ def effective_fields(
     middle = y[:, :channels, y.shape[2]//2, y.shape[3]//2].sum()
     return [g.abs().mean(0) for g in torch.autograd.grad(middle, images)]
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #52fa022d
+# %% ../../nbs/4_blocks/40_conv.ipynb #849534e3
+def check_kind(
+    x,                  # a floating tensor
+    like,               # a module, whose first parameter counts, or a tensor
+    what,               # for the message
+):
+    "Raise ShapeError unless x has dtype and device of `like`; under autocast any floating dtype will do"
+    if isinstance(like, nn.Module): like = next(like.parameters(), x)
+    if x.device != like.device:
+        raise ShapeError(what, given=f'device {x.device}', expected=f'{like.device}', hint=f'Move it with .to({str(like.device)!r}).')
+    if x.dtype != like.dtype and (x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type)):
+        raise ShapeError(what, given=f'{x.dtype}', expected=f'{like.dtype}', hint=f'Convert with .to({like.dtype}).')
+
+# %% ../../nbs/4_blocks/40_conv.ipynb #52c3ec91
 def check_images(
     x,                  # what was given to a network
     channels,           # channels it takes
@@ -210,6 +225,7 @@ def check_images(
     multiple=4,         # height and width are divisible by it
     smallest=8,         # smallest height and width
     who='the network',  # for the message
+    net=None,           # the network, whose dtype and device x must have
 ):
     "Raise ShapeError unless x is a floating (b, channels, h, w) of legal size"
     shape = tuple(getattr(x, 'shape', ()))
@@ -220,21 +236,37 @@ def check_images(
     if not x.is_floating_point(): bad(f'floating values, not {x.dtype}', 'Convert with x.float() and scale to [-1, 1].')
     if any(n % multiple or n < smallest for n in shape[2:]):
         bad(f'height and width divisible by {multiple} and at least {smallest}', 'Pad or crop the slices first.')
+    if net is not None: check_kind(x, net, f'images for {who}')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #946c7271
+# %% ../../nbs/4_blocks/40_conv.ipynb #27d0cc83
+def check_times(
+    who,                # for the message
+    t,                  # time steps, (b,)
+    steps=None,         # T, the number of time steps; None where it is not known
+):
+    "Raise ShapeError unless times are real numbers and, where they can be looked at, from 0 to T-1"
+    wanted = 'numbers from 0' if steps is None else f'numbers from 0 to {steps-1}'
+    def bad(given): raise ShapeError(f'time for {who}', given=given, expected=wanted, hint='Steps are counted from 0.')
+    if t.dtype == torch.bool or t.is_complex(): bad(f'{t.dtype}')
+    if type(t) is not Tensor or t.device.type != 'cpu' or torch.compiler.is_compiling() or not t.numel(): return
+    if not t.isfinite().all() or t.min() < 0 or t.max() > (math.inf if steps is None else steps-1): bad(str(t.tolist()))
+
+# %% ../../nbs/4_blocks/40_conv.ipynb #99b537e8
 def check_further(
     x,                  # the images, already checked
     who='the network',  # for the message
     **given,            # name -> (tensor, its shape behind the batch axis): time=(t, ()), latent=(z, (64,))
 ):
-    "Raise ShapeError unless what comes beside the images is a tensor with one row per image"
+    "Raise ShapeError unless what comes beside the images is a tensor with one row per image; what is no time is of the images' kind"
     for name, (value, rest) in given.items():
-        if isinstance(value, Tensor) and tuple(value.shape) == (len(x), *rest): continue
-        found = f'shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
-        raise ShapeError(f'{name} for {who}', given=found, expected=f'a tensor {(len(x), *rest)}, one row per image',
-            hint='Expand one value to the batch: t.expand(len(x)).')
+        if not isinstance(value, Tensor) or tuple(value.shape) != (len(x), *rest):
+            found = f'shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f'{name} for {who}', given=found, expected=f'a tensor {(len(x), *rest)}, one row per image',
+                hint='Expand one value to the batch: t.expand(len(x)).')
+        if rest: check_kind(value, x, f'{name} for {who}')
+        else: check_times(who, value)
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #e2737a99
+# %% ../../nbs/4_blocks/40_conv.ipynb #768c883b
 def check_positive(
     who,                # for the message
     **settings,         # name -> value
@@ -244,7 +276,7 @@ def check_positive(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f'{name} of {who}', given=repr(value), expected='a whole number of at least 1', hint='Use an int such as 2.')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #ab9fd45e
+# %% ../../nbs/4_blocks/40_conv.ipynb #7ce1c280
 def building(
     network,            # class of a network
 ):

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MIXERS', 'GATES', 'WEIGHTS', 'phases', 'from_phases', 'scan_phases', 'filled_up', 'cut_back', 'PhaseScan',
-           'ChannelGate', 'far_branch', 'near_branch', 'EVSSBlock', 'normed', 'PlainResidual', 'Mixture', 'weigh',
-           'up_head', 'check_extra', 'partners', 'partner_images', 'check_partners', 'check_decoder',
-           'AttentionDecoder', 'show_mixture', 'contrast_swapped', 'learnt_mixture']
+           'ChannelGate', 'far_branch', 'near_branch', 'check_gate_name', 'EVSSBlock', 'normed', 'PlainResidual',
+           'Mixture', 'weigh', 'up_head', 'check_extra', 'partners', 'partner_images', 'check_partners',
+           'check_decoder', 'AttentionDecoder', 'show_mixture', 'contrast_swapped', 'learnt_mixture']
 
 # %% ../../nbs/4_blocks/44_evss.ipynb #55947ded
 from typing import NamedTuple
@@ -152,7 +152,15 @@ def near_branch(
     "What looks near in an EVSS block: depth-wise convolution, BatchNorm, GELU, 1 x 1"
     return nn.Sequential(nn.Conv2d(c, c, 3, padding=1, groups=c), BatchNorm(c, at_test=at_test), nn.GELU(), nn.Conv2d(c, c, 1))
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #15b7fba0
+# %% ../../nbs/4_blocks/44_evss.ipynb #c7fa2f20
+def check_gate_name(
+    name,               # of the channel gate among the parameters
+):
+    "The name; ConfigError unless it is one for a gate"
+    if isinstance(name, str) and name.isidentifier() and name.startswith('gate'): return name
+    raise ConfigError('gate_name of EVSSBlock', given=repr(name), expected="a word that begins with 'gate'", hint="Write 'gate_branches'.")
+
+# %% ../../nbs/4_blocks/44_evss.ipynb #365ee41f
 class EVSSBlock(Stage):
     "Efficient visual state space block of (b, c, h, w). Raises ConfigError"
     def __init__(self,
@@ -165,6 +173,7 @@ class EVSSBlock(Stage):
         expansion=4,        # channels inside the MLP over c
         at_test='running',  # BatchNorm at test: 'running' or 'batch_statistics' (per image)
         padded=False,       # whether the phase scan fills odd maps up with zeros (released)
+        gate_name='gate',   # the gate's name among the parameters
     ):
         super().__init__()
         check_positive('EVSSBlock', channels=channels, expansion=expansion)
@@ -172,14 +181,16 @@ class EVSSBlock(Stage):
         self.norm, self.norm_mlp = TokenNorm(c, eps=1e-6), TokenNorm(c, eps=1e-6)
         self.scan = far_branch(c, mixer, d_state=d_state, step=step, padded=padded)
         self.conv_branch = near_branch(c, at_test)
-        self.gate = ChannelGate(c)
+        self.gate_name = check_gate_name(gate_name)
+        self.add_module(gate_name, ChannelGate(c))
         self.mlp = nn.Sequential(nn.Linear(c, expansion*c), nn.GELU(), nn.Linear(expansion*c, c))
 
     def branches(self, x1: Float[Tensor, "b c h w"]):
         "The far and the near branch, both gated"
         far_near = [m(x1) for m in (self.scan, self.conv_branch) if m is not None]
-        if self.listens == 'branches': return [self.gate(v)*v for v in far_near]
-        g = self.gate(x1)
+        gate = self.get_submodule(self.gate_name)
+        if self.listens == 'branches': return [gate(v)*v for v in far_near]
+        g = gate(x1)
         return [g*v for v in far_near]
 
     def body(self, x):
@@ -187,14 +198,14 @@ class EVSSBlock(Stage):
         tokens = rearrange(self.norm_mlp(x2), 'b c h w -> b h w c')
         return x2+rearrange(self.mlp(tokens), 'b h w c -> b c h w')
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #1abca4b6
+# %% ../../nbs/4_blocks/44_evss.ipynb #884b8a91
 def normed(
     conv,               # a convolution with an offset
 ):
     "Eq. 1: the convolution, instance normalisation without scale or offset, ReLU, as a list of layers"
     return [conv, nn.InstanceNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #7c9c7cb8
+# %% ../../nbs/4_blocks/44_evss.ipynb #2e857a1c
 class PlainResidual(Stage):
     "f + IN(conv(ReLU(IN(conv f)))), reflected borders, offsets, weights from N(0, 0.02)"
     def __init__(self,
@@ -208,7 +219,7 @@ class PlainResidual(Stage):
 
     def body(self, f): return f+self.conv_block(f)
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #29f66e13
+# %% ../../nbs/4_blocks/44_evss.ipynb #5c2ffe9b
 class Mixture(NamedTuple):
     "What an attention-mask decoder adds up at every pixel"
     maps: Tensor        # (b m h w) weights
@@ -223,7 +234,7 @@ class Mixture(NamedTuple):
         size = self.terms.abs()+1e-12
         return size/size.sum(1, keepdim=True)
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #14029760
+# %% ../../nbs/4_blocks/44_evss.ipynb #6b5169f0
 WEIGHTS = ('sigmoid', 'softmax')
 
 def weigh(
@@ -233,7 +244,7 @@ def weigh(
     "Maps between 0 and 1. Raises ConfigError"
     return scores.sigmoid() if check_choice('weights', weights, WEIGHTS) == 'sigmoid' else scores.softmax(1)
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #d89946ec
+# %% ../../nbs/4_blocks/44_evss.ipynb #1ce35d80
 def up_head(
     channels,           # channels in
     n_out,              # channels out
@@ -245,7 +256,7 @@ def up_head(
     return nn.Sequential(*normed(nn.ConvTranspose2d(c, c//2, **up)), *normed(nn.ConvTranspose2d(c//2, c//4, **up)), *pad,
         nn.Conv2d(c//4, n_out, kernel))
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #251c861c
+# %% ../../nbs/4_blocks/44_evss.ipynb #a57692c8
 def check_extra(
     n_sources,          # channels at hand
     n_noise,            # noisy images behind them
@@ -271,7 +282,7 @@ def partners(
     every = tuple(range(sources)) or tuple(range(n_sources, behind))
     return (*((k,) if own and k < sources else every for k in range(first)), *((k,) for k in range(behind-noisy, behind)))
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #5aa83aa7
+# %% ../../nbs/4_blocks/44_evss.ipynb #e741670f
 def partner_images(
     x: Float[Tensor, "b i h w"],    # sources, channels that are no images, noisy images
     chosen,                         # result of `partners`
@@ -280,7 +291,7 @@ def partner_images(
     if chosen == tuple((k,) for k in range(x.shape[1])): return x
     return torch.cat([x[:, p[0]:p[-1]+1].mean(1, keepdim=True) for p in chosen], 1)
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #fc8a8aec
+# %% ../../nbs/4_blocks/44_evss.ipynb #351e30f9
 def check_partners(
     images,             # images given to an attention decoder
     shape,              # (b, o, h, w) wanted
@@ -290,7 +301,7 @@ def check_partners(
     raise ShapeError('images of the attention decoder', given=f'shape {tuple(images.shape)}', expected=f'{tuple(shape)}',
         hint='One image per output, at four times the size of the features; see partner_images.')
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #35d599b7
+# %% ../../nbs/4_blocks/44_evss.ipynb #360853f2
 def check_decoder(
     channels,           # channels in, divisible by 4
     n_images,           # images out, at least 1
@@ -307,7 +318,7 @@ def check_decoder(
     if channels % 4: bad('channels', channels, 'a number divisible by 4')
     if not isinstance(input_term, bool): bad('input_term', input_term, 'True or False')
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #2e8182f5
+# %% ../../nbs/4_blocks/44_evss.ipynb #f25dadb8
 class AttentionDecoder(nn.Module):
     "Content head and attention head from (b, c, h/4, w/4); a mixture of contents and input images. Eq. 2. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -336,7 +347,7 @@ class AttentionDecoder(nn.Module):
 
     def forward(self, f, images): return self.mixture(f, images).image
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #5daab942
+# %% ../../nbs/4_blocks/44_evss.ipynb #11970649
 def _coloured(shares):
     "Shares (m h w) as a picture (h w 3), one colour per term"
     from matplotlib import colormaps
@@ -348,7 +359,7 @@ def _cell(ax, image, title, low, high, cmap='gray', color='k'):
     ax.imshow(image.cpu(), cmap=cmap, vmin=low, vmax=high, interpolation='nearest')
     ax.set_title(title, color=color, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #2c7d93f0
+# %% ../../nbs/4_blocks/44_evss.ipynb #a8c4cae3
 def show_mixture(
     mixture,            # a Mixture
     output=-1,          # which output image
@@ -366,10 +377,10 @@ def show_mixture(
     _cell(axes[0, n], _coloured(shares), 'shares', 0, 1), _cell(axes[1, n], terms.sum(0), 'sum', -1, 1)
     return fig
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #84fe01ad
+# %% ../../nbs/4_blocks/44_evss.ipynb #ea5b9762
 def contrast_swapped(image): "Tissue with its contrast turned round, background kept"; return torch.where(image > -.95, -image, image)
 
-# %% ../../nbs/4_blocks/44_evss.ipynb #01d7f14a
+# %% ../../nbs/4_blocks/44_evss.ipynb #6fcd4529
 def learnt_mixture(
     image: Float[Tensor, "1 1 h w"],    # slice in [-1, 1], h and w divisible by 4
     *,

@@ -6,7 +6,7 @@ __all__ = ['FUSIONS', 'JointStage', 'MambaBlock', 'per_stream', 'own', 'check_st
            'SwapOnly', 'show_reading', 'DynamicLocalConv', 'difference_attention', 'DynamicEnhancement',
            'Concatenation', 'Merge', 'conv_pair', 'Fusion']
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #3f721390
+# %% ../../nbs/4_blocks/45_fusion.ipynb #38ecd568
 import contextlib
 import copy
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cmmamba import TokenNorm
 from .conv import Stage, check_images, check_positive, frozen_statistics
-from ..core import ConfigError, ShapeError, check_choice, show_images
+from ..core import ConfigError, ShapeError, check_choice, check_switch, show_images
 from ..ssm.mixers import SS2D, lin_two, run
 from ..ssm.scan_orders import DIRECTIONS, check_directions
 
@@ -42,13 +42,14 @@ class MambaBlock(Stage):
 
     def body(self, f): return f+self.mixer(self.norm(f))
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #1a1bbc2e
+# %% ../../nbs/4_blocks/45_fusion.ipynb #bff30c64
 def per_stream(
     make,               # function without arguments that makes a module
     n_streams,          # n
     shared=False,       # one module for all streams
 ):
-    "A module for each stream, or one for all"
+    "A module for each stream, or one for all. Raises ConfigError unless `shared` is True or False"
+    check_switch('the streams', shared=shared)
     return nn.ModuleList([make() for _ in range(1 if shared else n_streams)])
 
 def own(modules, i): "The module of stream i"; return modules[i % len(modules)]
@@ -310,7 +311,7 @@ def conv_pair(
     def conv(a, b): return nn.Conv2d(a, b, 3, padding=1, padding_mode='reflect')
     return nn.Sequential(conv(c_in, c_between), nn.LeakyReLU(.2), conv(c_between, c_out), last)
 
-# %% ../../nbs/4_blocks/45_fusion.ipynb #8598e0ae
+# %% ../../nbs/4_blocks/45_fusion.ipynb #a0704be3
 class Fusion(nn.Module):
     "Fuses images: (b, n, h, w) to (b, n_out, h, w), in (-1, 1) unless 'concatenation', a bare 1x1. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -326,6 +327,7 @@ class Fusion(nn.Module):
         super().__init__()
         check_positive('Fusion', n_sources=n_sources, n_out=n_out, width=width, depth=depth)
         check_choice('fusion', fusion, FUSIONS), check_directions(directions), check_share('Fusion', width, n_sources)
+        check_switch('Fusion', shared=shared)
         self.n_sources, self.fusion = n_sources, fusion
         if fusion == 'concatenation':
             self.mix = nn.Conv2d(n_sources, n_out, 1)
@@ -342,7 +344,7 @@ class Fusion(nn.Module):
         self.refine, self.tail = blocks(), conv_pair(c, c, n_out, nn.Tanh())
 
     def forward(self, x: Float[Tensor, "b n h w"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.n_sources, multiple=1, smallest=2, who='Fusion')
+        check_images(x, self.n_sources, multiple=1, smallest=2, who='Fusion', net=self)
         if self.fusion == 'concatenation': return self.mix(x)
         streams = [own(self.heads, i)(x[:, i:i+1]) for i in range(self.n_sources)]      # n of b c h w
         streams = [own(self.blocks, i)(f) for i, f in enumerate(streams)]

@@ -4,7 +4,7 @@
 __all__ = ['SPECS', 'input_slots', 'latent_width', 'images_out', 'check_spec', 'check_given', 'wave', 'time_map', 'fitted',
            'mixing', 'Adapted', 'adapted', 'show_adapted']
 
-# %% ../../nbs/5_models/58_adapter.ipynb #3e916173
+# %% ../../nbs/5_models/58_adapter.ipynb #9194a6b0
 import math
 from dataclasses import asdict
 
@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..blocks.conv import brain_slice, check_further, check_images
+from ..blocks.conv import brain_slice, check_further, check_images, check_times
 from ..core import ConfigError, ShapeError, Spec, network, networks, show_images
-from .discriminators import check_times
 
 # %% ../../nbs/5_models/58_adapter.ipynb #03ae6f46
 SPECS = {
@@ -55,19 +54,23 @@ def latent_width(
     if spec.latent in (0, width): return width
     _refuse(record.name, f'a random vector of {width}', f'one of {spec.latent}, as the recipe draws', f'Set n_latent={spec.latent}.')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #cd437c58
+# %% ../../nbs/5_models/58_adapter.ipynb #3eb18288
+_LEAVE_TARGETS = 'Leave n_targets to the record.'
+
 def images_out(
     record,         # Network out of the registry
     config,         # its settings
     spec,           # Spec of the recipe
 ):
-    "Images that the network gives, at the size of its input. Raises ConfigError where they are too few or of another size"
+    "Images that the network gives, at the size of its input. Raises ConfigError: too few, of another size, or the last ones are no images"
     multiple, smallest = record.inputs.sides(config)
     size = (4*multiple*-(-smallest//multiple),)*2
     shape = tuple(record.inputs.shape(config, size))
     if shape[1:] != size: _refuse(record.name, f'images of {shape[1:]} from {size}', 'the same size', 'Leave the output scale at 1.')
+    if shape[0] > spec.targets and 'condition' in record.inputs.further:
+        _refuse(record.name, f'{shape[0]} images out', f'{spec.targets}: behind the noise comes the code of its variance', _LEAVE_TARGETS)
     if shape[0] >= spec.targets: return shape[0]
-    _refuse(record.name, f'{shape[0]} images out', f'at least {spec.targets}', 'Leave n_targets to the record.')
+    _refuse(record.name, f'{shape[0]} images out', f'at least {spec.targets}', _LEAVE_TARGETS)
 
 # %% ../../nbs/5_models/58_adapter.ipynb #a91b2852
 def check_spec(
@@ -82,18 +85,18 @@ def check_spec(
     if spec.sources+spec.noise: return spec
     raise ConfigError('a Spec', given='no source and no noise', expected='at least one image', hint='Write Spec(sources=1).')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #afbd420e
+# %% ../../nbs/5_models/58_adapter.ipynb #07529e76
 def check_given(
     who,            # for messages
     spec,           # Spec of the recipe
     x, t, z,        # images, times, random vectors; None where there are none
 ):
     "Raise ShapeError unless time and random vector are what the recipe said, the times from 0 to T-1"
+    if spec.steps and isinstance(t, Tensor): check_times(who, t, spec.steps)
     for what, value, rest, there in (('time', t, (), spec.steps), ('latent', z, (spec.latent,), spec.latent)):
         if there: check_further(x, who, **{what: (value, rest)})
         elif value is not None:
             raise ShapeError(f'{what} for {who}', given='one', expected='none, as its Spec says', hint='Build it with another Spec.')
-    if spec.steps: check_times(who, t, spec.steps)
 
 # %% ../../nbs/5_models/58_adapter.ipynb #26ea94f2
 def wave(
@@ -141,7 +144,7 @@ def _generator(name):
     known = 'one of '+', '.join(networks('generator'))
     raise ConfigError('generator', given=f'{name!r} of kind {record.kind}', expected=known, hint='Choose a generator.')
 
-# %% ../../nbs/5_models/58_adapter.ipynb #9ab4b3b9
+# %% ../../nbs/5_models/58_adapter.ipynb #7b5bf7d7
 class Adapted(nn.Module):
     "A generator that takes what a recipe gives: x (b, sources+noise, h, w), t (b,), z (b, latent). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -170,7 +173,7 @@ class Adapted(nn.Module):
         return torch.cat([*first, *middle, blank(self.empty[1])], 1)
 
     def forward(self, x: Float[Tensor, "b i h w"], t=None, z=None) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.spec.sources+self.spec.noise, multiple=self.multiple, smallest=self.smallest, who=self.who)
+        check_images(x, self.spec.sources+self.spec.noise, multiple=self.multiple, smallest=self.smallest, who=self.who, net=self)
         check_given(self.who, self.spec, x, t, z)
         time = x.new_zeros(len(x), dtype=torch.long) if t is None else t
         latent = x.new_zeros(len(x), self.n_latent) if z is None else z

@@ -4,7 +4,7 @@
 __all__ = ['MULTIPLIERS', 'RECORD', 'group_norm', 'LatentBlock', 'LatentAttention', 'encoder', 'decoder', 'Posterior', 'sample',
            'Autoencoder', 'show_latents', 'LatentStatistics', 'latent_statistics', 'Bound', 'reconstruction_bound']
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #e79ba83b
+# %% ../../nbs/5_models/57_autoencoder.ipynb #d3ed213f
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..blocks.conditioning import norm_groups
 from ..blocks.conv import Stage, building, check_images, check_positive
-from ..core import ConfigError, Inputs, Network, register, show_images, torch_rng
+from ..core import ConfigError, Inputs, Network, check_switch, register, show_images, torch_rng
 
 # %% ../../nbs/5_models/57_autoencoder.ipynb #0d1646ef
 def group_norm(
@@ -110,7 +110,7 @@ def sample(
     eps = torch.randn(posterior.mean.shape, generator=rng, dtype=posterior.mean.dtype).to(posterior.mean.device)
     return posterior.mean+torch.exp(.5*posterior.logvar)*eps
 
-# %% ../../nbs/5_models/57_autoencoder.ipynb #55f44c50
+# %% ../../nbs/5_models/57_autoencoder.ipynb #e3520f03
 class Autoencoder(nn.Module):
     "KL autoencoder: images (b, n_channels, h, w) to latents f times smaller and back. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -126,8 +126,7 @@ class Autoencoder(nn.Module):
         sizes = dict(n_channels=n_channels, f=f, latent_channels=latent_channels, base_channels=base_channels, n_blocks=n_blocks)
         check_positive('Autoencoder', **sizes)
         if f not in MULTIPLIERS: raise ConfigError('f of Autoencoder', given=f, expected='2, 4 or 8', hint='Use 4.')
-        if not isinstance(attention, bool):
-            raise ConfigError('attention of Autoencoder', given=repr(attention), expected='True or False', hint='Leave it out for True.')
+        check_switch('Autoencoder', attention=attention)
         self.config = dict(sizes, attention=attention)
         shape = n_channels, [base_channels*m for m in MULTIPLIERS[f]], latent_channels, n_blocks, attention
         self.encoder, self.quant_conv = encoder(*shape), nn.Conv2d(2*latent_channels, 2*latent_channels, 1)
@@ -135,13 +134,13 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "b c h w"]) -> Posterior:
         "Distribution of the latent"
-        check_images(x, self.config['n_channels'], multiple=self.config['f'], smallest=16, who='Autoencoder')
+        check_images(x, self.config['n_channels'], multiple=self.config['f'], smallest=16, who='Autoencoder', net=self)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, 1)         # b  4  h/4  w/4   each
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Float[Tensor, "b l u v"]) -> Float[Tensor, "b c h w"]:
         "Images of latents"
-        check_images(z, self.config['latent_channels'], multiple=1, smallest=1, who='the decoder of Autoencoder')
+        check_images(z, self.config['latent_channels'], multiple=1, smallest=1, who='the decoder of Autoencoder', net=self)
         return self.decoder(self.post_quant_conv(z))                        # b  1  h  w
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return self.decode(self.encode(x).mean)

@@ -310,7 +310,7 @@ class CoLaDiff(nn.Module):
         kappa, b = _parted(self, x, t, condition)
         return self.denoise(kappa, t, self.encode(b) if self.groups else None)
 
-# %% ../../nbs/5_models/54_cola_diff.ipynb #cd5cae22
+# %% ../../nbs/5_models/54_cola_diff.ipynb #4de6d8b8
 def condition_channels(
     config,             # settings of a CoLaDiff, defaults left out or not
 ) -> tuple:
@@ -320,7 +320,7 @@ def condition_channels(
 
 def _entering(network, kappa, t, y):
     "What enters the U-Net: the latent, with the encoded conditions unless attention reads them. Raises ShapeError"
-    check_images(kappa, network.config['n_noise'], multiple=8, smallest=8, who='CoLaDiff')
+    check_images(kappa, network.config['n_noise'], multiple=8, smallest=8, who='CoLaDiff', net=network)
     check_further(kappa, 'CoLaDiff', time=(t, ()))
     if network.groups: check_further(kappa, 'CoLaDiff', **{'encoded condition': (y, (network.encoder.channels, *kappa.shape[2:]))})
     return torch.cat([kappa, y], 1) if network.groups and network.config['conditioning'] != 'cross' else kappa
@@ -328,7 +328,7 @@ def _entering(network, kappa, t, y):
 def _parted(network, x, t, condition):
     "(noisy latent, conditions) after checking. Raises ShapeError"
     c, (k, beside) = network.config, condition_channels(network.config)
-    check_images(x, c['n_noise']+k, multiple=8, smallest=8, who='CoLaDiff')
+    check_images(x, c['n_noise']+k, multiple=8, smallest=8, who='CoLaDiff', net=network)
     check_further(x, 'CoLaDiff', time=(t, ()))
     given = isinstance(condition, Tensor) and condition.shape[1:2].numel()
     if not beside and given:

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'RECORD', 'SYNDIFF', 'MULTISCALE', 'TIME', 'critic_layer', 'normal_start', 'patch_layers', 'PatchGAN',
            'field', 'show_field', 'SynDiffPatchGAN', 'ScaleCritic', 'check_halvings', 'MultiScalePatchGAN',
-           'TimeDownBlock', 'fan_start', 'minibatch_spread', 'check_times', 'TimePatchGAN', 'four_steps']
+           'TimeDownBlock', 'fan_start', 'minibatch_spread', 'TimePatchGAN', 'four_steps']
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #8d250dbf
+# %% ../../nbs/5_models/55_discriminators.ipynb #9d4a3483
 import math
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..blocks.conditioning import sinusoidal
 from ..blocks.conv import BatchNorm, Stage, brain_slice, building, check_further, check_images, check_positive, norm_layer
-from ..blocks.diffusive import as_list, fir_down, fir_kernel
+from ..blocks.diffusive import as_list, fir_down, fir_numbers
 from ..blocks.fusion import JointStage
-from ..core import ConfigError, Inputs, Network, ShapeError, register, show_images
+from ..core import ConfigError, Inputs, Network, register, show_images
 
 # %% ../../nbs/5_models/55_discriminators.ipynb #b8d165f8
 def critic_layer(
@@ -54,7 +54,7 @@ def patch_layers(
     return nn.Sequential(*critic_layer(n_channels, c, 2), *critic_layer(c, 2*c, 2, normed(2*c)),
         *critic_layer(2*c, 4*c, 2, normed(4*c)), *critic_layer(4*c, 8*c, 1, normed(8*c)), nn.Conv2d(8*c, 1, 4, 1, 1))
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #d030a0a5
+# %% ../../nbs/5_models/55_discriminators.ipynb #b882fcdf
 class PatchGAN(Stage):
     "Conditional 70 x 70 patch discriminator on cat(sources, target). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -74,7 +74,7 @@ class PatchGAN(Stage):
     def body(self, x): return self.model(x)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b 1 p q"]:
-        check_images(x, self.config['n_channels'], multiple=1, smallest=24, who=type(self).__name__)
+        check_images(x, self.config['n_channels'], multiple=1, smallest=24, who=type(self).__name__, net=self)
         return super().forward(x)
 
 # %% ../../nbs/5_models/55_discriminators.ipynb #e7e3567d
@@ -145,7 +145,7 @@ def check_halvings(
     if 2**n <= SMALLEST: return
     raise ConfigError(f'{who} with {n} halvings', given=f'images from {2**n} pixels', expected=f'images from {SMALLEST} pixels', hint=hint)
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #32a2a981
+# %% ../../nbs/5_models/55_discriminators.ipynb #247ebbf3
 class MultiScalePatchGAN(nn.Module):
     "CRAViM's discriminator of one domain: a list of verdict maps, the finest first. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -164,14 +164,14 @@ class MultiScalePatchGAN(nn.Module):
         normal_start(self, offsets=True)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> list:
-        check_images(x, self.config['n_channels'], multiple=1, smallest=self.smallest, who='MultiScalePatchGAN')
+        check_images(x, self.config['n_channels'], multiple=1, smallest=self.smallest, who='MultiScalePatchGAN', net=self)
         verdicts = []
         for scale in self.scales:
             if verdicts: x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
             verdicts.append(scale(x))
         return verdicts
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #aa79ad8f
+# %% ../../nbs/5_models/55_discriminators.ipynb #887cdb49
 class TimeDownBlock(JointStage):
     "Residual block that halves the image and is told the time"
     def __init__(self,
@@ -181,14 +181,15 @@ class TimeDownBlock(JointStage):
         taps=(1, 3, 3, 1),  # FIR filter along one axis
     ):
         super().__init__()
-        self.register_buffer('kernel', fir_kernel(taps), persistent=False)
+        self.fir = fir_numbers(taps)
         self.conv_1, self.conv_2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.time, self.skip = nn.Linear(n_time, c_out), nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def body(self, x, time):
+        kernel = x.new_tensor(self.fir)
         h = self.conv_1(F.leaky_relu(x, .2))+self.time(time)[..., None, None]
-        h = self.conv_2(fir_down(F.leaky_relu(h, .2), self.kernel))
-        return (h+self.skip(fir_down(x, self.kernel)))/math.sqrt(2)
+        h = self.conv_2(fir_down(F.leaky_relu(h, .2), kernel))
+        return (h+self.skip(fir_down(x, kernel)))/math.sqrt(2)
 
 # %% ../../nbs/5_models/55_discriminators.ipynb #25374f96
 def fan_start(
@@ -203,7 +204,7 @@ def fan_start(
             if isinstance(m, TimeDownBlock): m.conv_2.weight.mul_(1e-5)
     return network
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #a9c74685
+# %% ../../nbs/5_models/55_discriminators.ipynb #1cb89e38
 def minibatch_spread(
     x: Float[Tensor, "b c h w"],    # features
     group=4,                        # images compared at most; 1 compares an image with itself
@@ -213,20 +214,7 @@ def minibatch_spread(
     spread = (rearrange(x, '(g m) c h w -> g m c h w', g=g).var(0, unbiased=False)+1e-8).sqrt().mean((1, 2, 3))
     return repeat(spread, 'm -> (g m) 1 h w', g=g, h=x.shape[2], w=x.shape[3])
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #444c9748
-def check_times(
-    who,                # for the message
-    t,                  # time steps, (b,)
-    steps=None,         # T, the number of time steps; None where it is not known
-):
-    "Raise ShapeError unless times, on the CPU and not traced, are numbers from 0 to T-1"
-    if type(t) is not Tensor or t.device.type != 'cpu' or torch.compiler.is_compiling() or not t.numel(): return
-    last = math.inf if steps is None else steps-1
-    if t.isfinite().all() and 0 <= t.min() and t.max() <= last: return
-    wanted = 'numbers from 0' if steps is None else f'numbers from 0 to {last}'
-    raise ShapeError(f'time for {who}', given=str(t.tolist()), expected=wanted, hint='Steps are counted from 0.')
-
-# %% ../../nbs/5_models/55_discriminators.ipynb #cbe6e1ed
+# %% ../../nbs/5_models/55_discriminators.ipynb #9adf8add
 class TimePatchGAN(nn.Module):
     "SynDiff's time-conditional discriminator on cat(x_{t-1}, x_t): one verdict per image, (b, 1). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -256,8 +244,8 @@ class TimePatchGAN(nn.Module):
         fan_start(self)
 
     def forward(self, x: Float[Tensor, "b i h w"], t: Tensor) -> Float[Tensor, "b 1"]:
-        check_images(x, self.config['n_channels'], multiple=1, smallest=self.smallest, who='TimePatchGAN')
-        check_further(x, 'TimePatchGAN', time=(t, ())), check_times('TimePatchGAN', t)
+        check_images(x, self.config['n_channels'], multiple=1, smallest=self.smallest, who='TimePatchGAN', net=self)
+        check_further(x, 'TimePatchGAN', time=(t, ()))
         n, group = self.config['n_time'], self.config['group']
         code = sinusoidal(t, n, max_period=1e4**(n/(n-2)))              # the last period is 10,000 itself, as in SynDiff
         time, h = self.embed(code.to(self.head.weight.dtype)), self.head(x)
@@ -265,7 +253,7 @@ class TimePatchGAN(nn.Module):
         if group: h = torch.cat([h, minibatch_spread(h, group if self.training else 1)], 1)
         return self.verdict(F.leaky_relu(getattr(self, self.last_name)(h), .2).sum((2, 3)))
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #4f9954d9
+# %% ../../nbs/5_models/55_discriminators.ipynb #5b7ba91d
 RECORD = register(Network(
     name='patchgan', paper='Atli et al., I2I-Mamba (III-A, III-C)', build=building(PatchGAN), kind='discriminator',
     smallest=dict(n_channels=3, base_channels=4),
@@ -277,7 +265,7 @@ RECORD = register(Network(
     ablations=dict(instance_norm=dict(norm='instance')),
 ))
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #e9f1094b
+# %% ../../nbs/5_models/55_discriminators.ipynb #102aa98c
 def four_steps(config, b, size, generator): "Time steps of SynDiff"; return torch.randint(0, 4, (b,), generator=generator)
 
 def _patches(config, size): return 1, *(n//8-2 for n in size)
@@ -287,7 +275,7 @@ def _three(config, size):
     halved = [[-(-n//2**k) for n in size] for k in range(config.get('n_scales', 3))]
     return [(1, *(n//2**config.get('n_layers', 4) for n in s)) for s in halved]
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #c92370b0
+# %% ../../nbs/5_models/55_discriminators.ipynb #001f9e2c
 SYNDIFF = register(Network(
     name='syndiff_patchgan', paper='SynDiff (released code), MM2CT', build=building(SynDiffPatchGAN), kind='discriminator',
     smallest=dict(n_channels=1, base_channels=4),
@@ -298,7 +286,7 @@ SYNDIFF = register(Network(
     ablations=dict(batch_norm=dict(norm='batch')),
 ))
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #8e027f81
+# %% ../../nbs/5_models/55_discriminators.ipynb #bf1c9d00
 MULTISCALE = register(Network(
     name='multiscale_patchgan', paper='Zhang and Jiang, CRAViM', build=building(MultiScalePatchGAN), kind='discriminator',
     smallest=dict(n_channels=1, base_channels=4),
@@ -309,7 +297,7 @@ MULTISCALE = register(Network(
     ablations=dict(one_scale=dict(n_scales=1)),
 ))
 
-# %% ../../nbs/5_models/55_discriminators.ipynb #cfaa4af7
+# %% ../../nbs/5_models/55_discriminators.ipynb #034f1c31
 TIME = register(Network(
     name='time_patchgan', paper='SynDiff (released code), MM2CT', build=building(TimePatchGAN), kind='discriminator',
     smallest=dict(n_channels=2, base_channels=4, n_time=8, n_levels=2),

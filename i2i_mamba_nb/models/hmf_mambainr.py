@@ -5,7 +5,7 @@ __all__ = ['PARTS', 'DECODERS', 'RECORD', 'PlainStage', 'rhmb', 'check_without',
            'add_encoder', 'add_bottleneck', 'add_decoder', 'image_decoder', 'HMFMambaINR', 'fused', 'show_decoder',
            'decoded_size', 'decoder_of', 'decode', 'decode_at']
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #ebb70cc8
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #462ef1ec
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from ..blocks.cmmamba import bottleneck_stage, count
-from ..blocks.conv import Stage, building, check_images, check_positive, conv_stage, outputs_of, up_stage
+from ..blocks.conv import Stage, building, check_positive, conv_stage, outputs_of, up_stage
 from ..blocks.inr import INRB, PixelDecoder, PlainMLP, check_hidden
 from ..blocks.multiscale import MFEB, MFM, Addition, ConcatConv, check_modulation, check_scales
 from ..core import ConfigError, Inputs, Network, check_choice, plain_fit, register, show_images
@@ -191,13 +191,13 @@ class HMFMambaINR(nn.Module):
     def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return torch.tanh(self.image(self.features(X), tuple(X.shape[2:])))
 
-# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #9c5a1680
+# %% ../../nbs/5_models/51_hmf_mambainr.ipynb #b052bc9f
 def fused(
     self,                           # an HMFMambaINR
     X: Float[Tensor, "b i h w"],    # sources
 ) -> Float[Tensor, "b m r s"]:
     "All but the last up-sampling: what INRB decodes"
-    check_sources(X, self.config, 'HMFMambaINR')
+    check_sources(X, self)
     x1 = self.encoder_1(X)                                  # b   64  h    w
     x2 = self.encoder_2(x1)                                 # b  128  h/2  w/2
     f = x3 = self.encoder_3(x2)                             # b  256  h/4  w/4

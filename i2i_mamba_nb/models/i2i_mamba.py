@@ -22,17 +22,16 @@ def mamba_stages(
     "Numbers of the stages with Mamba: 1, ceil(J/2), J"
     return {1, -(-n_stages//2), n_stages}
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #a046ec26
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #c8adcd8e
 def check_sources(
     X,                  # what was given
-    config,             # settings of the network: n_sources, patch_size
-    who,                # for the message
+    net,                # the network; its config has n_sources and patch_size
 ):
     "Raise ShapeError unless X are images whose bottleneck, at a quarter of the size, is cut into whole patches, two or more a side"
-    p = config['patch_size']
-    check_images(X, config['n_sources'], multiple=4*p, smallest=8*p, who=who+f' with patch_size={p}'*(p > 1))
+    p, who = net.config['patch_size'], type(net).__name__
+    check_images(X, net.config['n_sources'], multiple=4*p, smallest=8*p, who=who+f' with patch_size={p}'*(p > 1), net=net)
 
-# %% ../../nbs/5_models/50_i2i_mamba.ipynb #2943b5a8
+# %% ../../nbs/5_models/50_i2i_mamba.ipynb #dceb9f8a
 class I2IMamba(nn.Module):
     "Generator of I2I-Mamba: sources (b, I, h, w) to targets (b, n_targets, h, w). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -65,7 +64,7 @@ class I2IMamba(nn.Module):
         self.decoder_3 = out_stage(2*c, n_targets)
 
     def forward(self, X: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        check_sources(X, self.config, 'I2IMamba')
+        check_sources(X, self)
         x1 = self.encoder_1(X)                                  # b   64  h    w
         x2 = self.encoder_2(x1)                                 # b  128  h/2  w/2
         L = f = self.encoder_3(x2)                              # b  256  h/4  w/4     Eq. 2

@@ -5,7 +5,7 @@ __all__ = ['MULTIPLIERS', 'RECORD', 'ResNetBlock', 'ResNetGenerator', 'Row', 'un
            'unet_layers', 'DiffusiveUNet', 'MM2CT', 'example', 'diffusive_fit', 'stages_of', 'maps_of', 'show_maps',
            'diffusive_field']
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #608b231e
+# %% ../../nbs/5_models/53_mm2ct.ipynb #64a862d6
 import math
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from ..blocks.conditioning import TimeEmbedding, norm_groups
 from ..blocks.conv import BatchNorm, Stage, brain_slice, building, check_further, check_images, check_positive, effective_fields, outputs_of
 from ..blocks.diffusive import DiffusiveBlock, LatentMap, PyramidConv, as_list, check_scale, scaled, silu
 from ..blocks.fusion import Fusion
-from ..core import ConfigError, Inputs, Network, check_choice, register, show_images
+from ..core import ConfigError, Inputs, Network, check_choice, check_switch, register, show_images
 from ..ssm.scan_orders import DIRECTIONS, check_directions
 
 # %% ../../nbs/5_models/53_mm2ct.ipynb #b51c7a84
@@ -45,7 +45,7 @@ class ResNetBlock(Stage):
 
     def body(self, f): return f+self.layers(f)
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #e9ec9cf9
+# %% ../../nbs/5_models/53_mm2ct.ipynb #b7ddfea3
 class ResNetGenerator(nn.Module):
     "CycleGAN's generator: (b, n_sources, h, w) to (b, n_targets, h, w) in (-1, 1). Raises ConfigError, ShapeError"
     def __init__(self,
@@ -71,7 +71,7 @@ class ResNetGenerator(nn.Module):
         self.tail = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, n_targets, 7), nn.Tanh())
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.config['n_sources'], multiple=4, smallest=8, who='ResNetGenerator')
+        check_images(x, self.config['n_sources'], multiple=4, smallest=8, who='ResNetGenerator', net=self)
         f = self.down_2(self.down_1(self.head(x)))              # b  256  h/4  w/4
         return self.tail(self.up_2(self.up_1(self.blocks(f))))  # b    1  h    w
 
@@ -87,14 +87,15 @@ class Row(NamedTuple):
 # %% ../../nbs/5_models/53_mm2ct.ipynb #cf58928d
 MULTIPLIERS = (1, 1, 2, 2, 4, 4)
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #7870081d
+# %% ../../nbs/5_models/53_mm2ct.ipynb #d24bb072
 def unet_plan(
+    c,                  # channels of the map that enters the first level
     widths,             # channels of each level
     n_blocks,           # residual blocks per level on the way down
     attention_at,       # strides with attention
 ):
     "Rows of the way down and of the way up"
-    down, up, kept, c = [], [], [widths[0]], widths[0]
+    down, up, kept = [], [], [c]
     for level, w in enumerate(widths):
         for _ in range(n_blocks):
             down.append(Row(c, w, 'keep', 2**level in attention_at, 2**level))
@@ -138,7 +139,7 @@ def unet_strides(
     if all(type(s) is int and s in known for s in strides): return strides
     raise ConfigError(f'attention_at of {who}', given=strides, expected=f'some of {known}', hint='Levels have these strides; [] is none.')
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #658fcb30
+# %% ../../nbs/5_models/53_mm2ct.ipynb #d5565df3
 def unet_layers(
     config,             # settings of DiffusiveUNet
 ):
@@ -148,7 +149,7 @@ def unet_layers(
     n_out = config['n_targets'] if config['outputs'] == 'targets' else max(n_in, config['n_targets'])
     def block(c_in, c_out, resample='keep', attention=False):
         return DiffusiveBlock(c_in, c_out, 4*c, n_style, resample=resample, attention=attention, taps=taps, start=config['start'])
-    down, up = unet_plan(widths, config['n_blocks'], config['attention_at'])
+    down, up = unet_plan(c, widths, config['n_blocks'], config['attention_at'])
     return dict(time=TimeEmbedding(c+c % 2, 4*c, shift=1), latent=LatentMap(config['n_latent'], n_style, config['n_layers']),
         head=scaled(nn.Conv2d(n_in, c, 3, padding=1)), encoder=nn.ModuleList([block(*r[:4]) for r in down]),
         pyramid=nn.ModuleList([PyramidConv(a, b, taps) for a, b in zip([n_in, *widths], widths[:-1], strict=False)]),
@@ -156,7 +157,7 @@ def unet_layers(
         decoder=nn.ModuleList([block(*r[:4]) for r in up]), norm=nn.GroupNorm(norm_groups(widths[0]), widths[0], eps=1e-6),
         tail=scaled(nn.Conv2d(widths[0], n_out, 3, padding=1), config['start']))
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #86a34e0e
+# %% ../../nbs/5_models/53_mm2ct.ipynb #16e2e2f2
 class DiffusiveUNet(nn.Module):
     "SynDiff's diffusive generator: cat(sources, noisy images), time step, random vector to clean images. Raises ConfigError, ShapeError"
     def __init__(self,
@@ -164,8 +165,8 @@ class DiffusiveUNet(nn.Module):
         n_noise=1,              # noisy images behind them; 0 for none
         n_targets=1,            # clean images out
         *,
-        base_channels=64,       # channels of the first level
-        multipliers=MULTIPLIERS,  # channels of each level over the first's; each halves the size; at most six
+        base_channels=64,       # channels behind the first convolution
+        multipliers=MULTIPLIERS,  # channels of each level over base_channels; each halves the size; at most six
         n_blocks=2,             # residual blocks per level on the way down
         attention_at=None,      # strides of the levels with attention; None: 16, or the deepest where that is less
         n_latent=64,            # width of the random vector
@@ -185,7 +186,7 @@ class DiffusiveUNet(nn.Module):
         for layer in (self.time.first, self.time.second): scaled(layer)
 
     def forward(self, x: Float[Tensor, "b i h w"], t: Tensor, z: Float[Tensor, "b n"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.head.in_channels, multiple=32, smallest=32, who='DiffusiveUNet')
+        check_images(x, self.head.in_channels, multiple=32, smallest=32, who='DiffusiveUNet', net=self)
         check_further(x, 'DiffusiveUNet', time=(t, ()), latent=(z, (self.config['n_latent'],)))
         e, s, p, pyramid = self.time(t), self.latent(z), x, iter(self.pyramid)
         kept = [h := self.head(x)]                                          # b   64  h     w
@@ -198,7 +199,7 @@ class DiffusiveUNet(nn.Module):
             h = block(h if block.resample == 'up' else torch.cat([h, kept.pop()], 1), e, s)
         return torch.tanh(self.tail(silu(self.norm(h))))[:, :self.config['n_targets']]
 
-# %% ../../nbs/5_models/53_mm2ct.ipynb #256efa3f
+# %% ../../nbs/5_models/53_mm2ct.ipynb #94e6154f
 class MM2CT(nn.Module):
     "Fusion of the sources in front of SynDiff's U-Net: cat(sources, noisy images), time step, random vector to clean images"
     def __init__(self,
@@ -206,8 +207,8 @@ class MM2CT(nn.Module):
         n_noise=1,              # noisy images behind them; 0 for none
         n_targets=1,            # clean images out
         *,
-        base_channels=64,       # channels of the U-Net's first level
-        multipliers=MULTIPLIERS,  # channels of each level over the first's
+        base_channels=64,       # channels behind the U-Net's first convolution
+        multipliers=MULTIPLIERS,  # channels of each level over base_channels
         n_blocks=2,             # residual blocks per level on the way down
         n_latent=64,            # width of the random vector and of its embedding
         start=0.,               # scale of the U-Net's last layers at the start
@@ -224,6 +225,7 @@ class MM2CT(nn.Module):
         fuse = dict(width=width, depth=depth, fusion=fusion, shared=shared, directions=list(check_directions(directions)))
         self.config = dict(n_sources=n_sources, n_condition=n_condition, **unet, **fuse)
         check_unet('MM2CT', self.config), check_positive('MM2CT', n_condition=n_condition, width=width, depth=depth)
+        check_switch('MM2CT', shared=shared)
         self.fusion = Fusion(n_sources, n_condition, **fuse)
         self.unet = DiffusiveUNet(n_condition, n_style=n_latent, **unet)
 
@@ -233,7 +235,7 @@ class MM2CT(nn.Module):
         return self.unet(torch.cat([condition, x_t], 1), t, z)
 
     def forward(self, x: Float[Tensor, "b i h w"], t: Tensor, z: Float[Tensor, "b n"]) -> Float[Tensor, "b o h w"]:
-        check_images(x, self.config['n_sources']+self.config['n_noise'], multiple=32, smallest=32, who='MM2CT')
+        check_images(x, self.config['n_sources']+self.config['n_noise'], multiple=32, smallest=32, who='MM2CT', net=self)
         check_further(x, 'MM2CT', time=(t, ()), latent=(z, (self.config['n_latent'],)))
         sources, x_t = x.tensor_split([self.config['n_sources']], 1)        # b  2  h  w    and  b  1  h  w
         condition = self.fuse(sources)                                      # b  1  h  w

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .recurrence import ScanInputs
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #8e57638a
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #7c66120d
 class View(ctypes.Structure):
     "A tensor (batch, groups, channels, steps) for the kernel: address, strides in elements, dtype. For B and C, channels are states"
     _fields_ = [('data', c_void_p), *((k, c_int64) for k in ('batch', 'group', 'channel', 'step', 'dtype'))]
@@ -37,7 +37,8 @@ class Scan(ctypes.Structure):
     _fields_ = [*_fields('batch groups channels states length softplus threads merge rank', c_int64), *_fields('u delta z B C y', View),
         *_fields('A D bias initial delta_weight fixed_B fixed_C order lengths last borders', c_void_p),
         *_fields('grad_y grad_u grad_delta grad_z grad_B grad_C', View),
-        *_fields('grad_last grad_initial grad_A grad_D grad_bias grad_delta_weight grad_fixed_B grad_fixed_C', c_void_p), ('segments', c_int64)]
+        *_fields('grad_last grad_initial grad_A grad_D grad_bias grad_delta_weight grad_fixed_B grad_fixed_C', c_void_p),
+        ('segments', c_int64)]
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5d29e6ed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -325,7 +325,7 @@ def cross_merge(
     if not isinstance(directions, Tensor): directions = orders(directions, h, w, y.device)
     return scatter_paths(y, directions, h*w)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #a20d5773
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #02488d29
 def _expected(inputs):
     "Shape that each input of an ordered scan must have"
     (b, l, c), (k, m), n, weight = inputs.u.shape, inputs.order.shape, inputs.A.shape[-1], inputs.delta_weight
@@ -339,7 +339,8 @@ def check_ordered(
     "ShapeError naming the first input that does not fit u, A and order, or has another device"
     for name, axes in dict(u=3, A=2, order=2, delta_weight=3).items():
         x = getattr(inputs, name)
-        if x is not None and x.ndim != axes: raise ShapeError(name, given=f'shape {tuple(x.shape)}', expected=f'{axes} axes', hint='See ordered_scan.')
+        if x is None or x.ndim == axes: continue
+        raise ShapeError(name, given=f'shape {tuple(x.shape)}', expected=f'{axes} axes', hint='See ordered_scan.')
     for name, shape in _expected(inputs).items():
         x = getattr(inputs, name)
         if x is not None and tuple(x.shape) != shape:
@@ -363,8 +364,9 @@ def demand_paths(
     if (there[:, 1:] & ~there[:, :-1]).any(): refuse('-1 between pixels')
     if (seen.scatter_(1, order.where(there, l), True)[:, :l].sum(1) != there.sum(1)).any(): refuse('a pixel twice in one row')
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #eb22c3eb
-ORDERED = 'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor order, Tensor? delta_weight, bool softplus, bool keep'
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #62975f9e
+ORDERED = ('Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor order, Tensor? delta_weight, '
+    'bool softplus, bool keep')
 
 def _ordered(*args):
     "Forward of the compiled ordered scan: y, what backward needs (nothing unless `keep`)"
@@ -377,7 +379,7 @@ def _fake_ordered(*args):
     size = ordered_border_size(inputs, kernel().width, kernel().chunk) if keep else 0
     return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(size, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #00bcc7e5
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #37a44509
 def _ordered_backward(grad_y, borders, *args):
     "Backward of the compiled ordered scan: the gradients of the inputs that are there"
     grads = ordered_backward(grad_y, OrderedInputs(*args[:9]), borders, args[9])
@@ -385,7 +387,8 @@ def _ordered_backward(grad_y, borders, *args):
 
 def _fake_ordered_backward(grad_y, borders, *args):
     plain = lambda x: x.new_empty(x.shape)
-    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in (*args[1:7], args[8]) if x is not None)]
+    there = [x for x in (*args[1:7], args[8]) if x is not None]
+    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in there)]
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #dcb16d91
 def _keep_ordered(ctx, inputs, output):
