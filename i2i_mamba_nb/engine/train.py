@@ -338,7 +338,7 @@ def memory_kept():
     finally:    # what glibc comes to by itself after large blocks
         mallopt(M_MMAP_THRESHOLD, 2**25), mallopt(M_TRIM_THRESHOLD, 2**26), mallopt(M_MMAP_MAX, 65536), trim(0)
 
-# %% ../../nbs/7_engine/71_train.ipynb #060f73c7
+# %% ../../nbs/7_engine/71_train.ipynb #ccbd3cc5
 def cut_log(session):
     "Cut log.csv back to what the checkpoint remembers; a log that is shorter is kept with a warning"
     path = session.out/'log.csv'
@@ -350,7 +350,7 @@ def cut_log(session):
     session.log_bytes = kept.rfind(b'\n')+1
     with open(path, 'r+b') as f: f.truncate(session.log_bytes)
 
-# %% ../../nbs/7_engine/71_train.ipynb #bd1650bf
+# %% ../../nbs/7_engine/71_train.ipynb #dca19376
 def write_row(session, row):
     "Append one row, whole and at once; the first one brings the header"
     session.columns = session.columns or list(row)
@@ -360,7 +360,7 @@ def write_row(session, row):
     with disk_errors(session.out/'log.csv'), open(session.out/'log.csv', 'ab', buffering=0) as f: f.write(data)
     session.log_bytes += len(data)
 
-# %% ../../nbs/7_engine/71_train.ipynb #96e1d894
+# %% ../../nbs/7_engine/71_train.ipynb #6b8d78be
 def read_log(
     out,                # folder of a run
 ):
@@ -368,7 +368,7 @@ def read_log(
     head, *rows = [line.split(',') for line in (Path(out)/'log.csv').read_text().splitlines()] or [[]]
     return {name: [float(r[k]) if r[k] else None for r in rows] for k, name in enumerate(head)}
 
-# %% ../../nbs/7_engine/71_train.ipynb #b4810cac
+# %% ../../nbs/7_engine/71_train.ipynb #5e97efa4
 CARRIED = ('seconds', 'skipped', 'in_row', 'log_bytes', 'columns')     # numbers that go into a checkpoint as they are
 
 def _bare(session, net): return session.accelerator.unwrap_model(net)
@@ -377,7 +377,7 @@ def _sync_log(path):
     "Rows reach the disk before the checkpoint that counts them"
     with open(path, 'rb') as f: os.fsync(f.fileno())
 
-# %% ../../nbs/7_engine/71_train.ipynb #16a6bae0
+# %% ../../nbs/7_engine/71_train.ipynb #4a218527
 def save_session(session):
     "Write a checkpoint of the session; every process calls it, one writes"
     from accelerate.utils import gather_object
@@ -394,14 +394,14 @@ def save_session(session):
     session.saved = (session.step, session.seconds)
     session.accelerator.wait_for_everyone()
 
-# %% ../../nbs/7_engine/71_train.ipynb #a39e13e0
+# %% ../../nbs/7_engine/71_train.ipynb #0d46554a
 def _flat(settings, above=''):
     "Nested settings with dotted names"
     for key, value in settings.items():
         if isinstance(value, dict): yield from _flat(value, f'{above}{key}.')
         else: yield above+key, value
 
-# %% ../../nbs/7_engine/71_train.ipynb #c428c329
+# %% ../../nbs/7_engine/71_train.ipynb #ad71395b
 def check_same(
     out,                # folder of the run, for the message
     saved,              # settings that are there
@@ -414,7 +414,7 @@ def check_same(
         expected='the settings it was started with, '+', '.join(f'{k}={old.get(k)!r}' for k in differ),
         hint='Use those again, choose another folder, or delete this one to start anew.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #e91755ad
+# %% ../../nbs/7_engine/71_train.ipynb #fd4ccd88
 def _fill(session, found):
     "Networks, optimisers and numbers of a checkpoint into the session"
     for name, net in session.recipe.networks.items(): _bare(session, net).load_state_dict(found.tensors[f'network_{name}'])
@@ -425,7 +425,7 @@ def _fill(session, found):
     rank = session.accelerator.process_index
     set_rng_states(Packed(found.tensors[f'rng_{rank}'], found.state['rng'][rank]))
 
-# %% ../../nbs/7_engine/71_train.ipynb #bc9a4a4a
+# %% ../../nbs/7_engine/71_train.ipynb #271df4bf
 def resume_session(session):
     "Go on from the folder's last whole checkpoint where there is one. Raises CheckpointError"
     with warnings.catch_warnings():
@@ -438,7 +438,7 @@ def resume_session(session):
         raise CheckpointError(f'checkpoint {found.path}', given=f'other contents ({e})', expected='the networks of these settings',
             hint='It was written by another version: use that one, or another folder.') from e
 
-# %% ../../nbs/7_engine/71_train.ipynb #dbe87657
+# %% ../../nbs/7_engine/71_train.ipynb #5694008f
 def validate(
     session,            # a Session
     data,               # data set of slices, or None
@@ -455,11 +455,11 @@ def validate(
             ratios.append(psnr(item['target'][0].numpy(), fake[0].numpy(), data_range=2))
     return dict(val_l1=sum(errors)/len(errors), val_psnr=sum(ratios)/len(ratios))
 
-# %% ../../nbs/7_engine/71_train.ipynb #4a00fc2e
+# %% ../../nbs/7_engine/71_train.ipynb #a56cfba1
 class Stopped(KeyboardInterrupt): "The run was asked to stop, and saved a checkpoint first"
 class DivergedError(I2IError): "Losses that are no numbers, again and again"
 
-# %% ../../nbs/7_engine/71_train.ipynb #ea4f6c5b
+# %% ../../nbs/7_engine/71_train.ipynb #eaf8b844
 @contextlib.contextmanager
 def watched_signals():
     "A list that receives the name of SIGINT or SIGTERM; the second one acts as usual"
@@ -476,13 +476,13 @@ def watched_signals():
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/7_engine/71_train.ipynb #6ca885ea
+# %% ../../nbs/7_engine/71_train.ipynb #7df45c4e
 def _worker_signals(worker):
     "Ctrl-C reaches every process of a terminal; only the main one shall act"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-# %% ../../nbs/7_engine/71_train.ipynb #4be2a578
+# %% ../../nbs/7_engine/71_train.ipynb #6658f482
 def _batches(session, data):
     "Batches on the device, from the session's step on"
     config, accelerator = session.config, session.accelerator
@@ -491,7 +491,7 @@ def _batches(session, data):
         generator=torch_rng(config.seed, 'loader'))
     for batch in loader: yield {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-# %% ../../nbs/7_engine/71_train.ipynb #13e77389
+# %% ../../nbs/7_engine/71_train.ipynb #41daca85
 def _agree(session, clock, received):
     "The same time, and the same wish to stop, in every process"
     mine = clock() if session.accelerator.is_main_process else 0.
@@ -501,7 +501,7 @@ def _agree(session, clock, received):
     session.seconds, session.stop = mine, ''.join(received[:1])
     return run_progress(session.step, session.seconds, session.max_steps, session.config.max_seconds)
 
-# %% ../../nbs/7_engine/71_train.ipynb #ac719d44
+# %% ../../nbs/7_engine/71_train.ipynb #dd971a5e
 def _set_rates(session, progress):
     "Learning rates at this progress; returns that of the last phase"
     for name, o in session.optimisers.items():
@@ -509,7 +509,7 @@ def _set_rates(session, progress):
             group['lr'] = start*lr_factor(progress, session.config.constant)
     return o.param_groups[0]['lr']
 
-# %% ../../nbs/7_engine/71_train.ipynb #7bffa31f
+# %% ../../nbs/7_engine/71_train.ipynb #0cfafb8e
 def _loop(session, data, validation, received, bar):
     "Train until a limit is reached or a signal comes"
     config, started = session.config, time.monotonic()-session.seconds
@@ -527,7 +527,7 @@ def _loop(session, data, validation, received, bar):
         _show(bar, session, progress, row)
     bar.update(1-bar.n)
 
-# %% ../../nbs/7_engine/71_train.ipynb #6faf7007
+# %% ../../nbs/7_engine/71_train.ipynb #01ad09dd
 def _due(session):
     "Whether a checkpoint is to be written after this step"
     seconds = session.seconds-session.saved[1]
@@ -545,7 +545,7 @@ def _stop(session):
     raise Stopped(f'{session.stop}: stopped after step {session.step}; the checkpoint is in {session.out/"checkpoints"}. '
         'Run the same command again to go on.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #09ed3bd9
+# %% ../../nbs/7_engine/71_train.ipynb #7b77bf59
 def _diverged(session, data):
     "Keep the batch and the weights for a look, then end the run"
     config, folder = session.config, session.out/f'repro_step_{session.step}'
@@ -560,7 +560,7 @@ def _diverged(session, data):
     raise DivergedError(f'losses of step {session.step}', given=f'no finite numbers 10 times in a row, last for {", ".join(ids)}',
         expected='finite losses', hint=f'Look at that batch, kept with the weights in {folder}; mend the files or lower the learning rate.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #01e708ad
+# %% ../../nbs/7_engine/71_train.ipynb #2088d653
 def fit(
     config: TrainConfig,    # settings
     data,                   # training set: data[i, draw] -> dict(source (I, h, w), target (1, h, w)) in [-1, 1]
@@ -586,7 +586,7 @@ def fit(
         _finish(session, info)
     return out
 
-# %% ../../nbs/7_engine/71_train.ipynb #d3273f32
+# %% ../../nbs/7_engine/71_train.ipynb #e8ccba77
 def _open_folder(session):
     "Make the folder and keep the settings in it; CheckpointError where others are there"
     kept = session.out/'config.json'
@@ -600,7 +600,7 @@ def _bar(session, progress):
     return tqdm(total=1., disable=not (progress and session.accelerator.is_main_process), desc=f'training {session.out.name}',
         bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}')
 
-# %% ../../nbs/7_engine/71_train.ipynb #bbdb39fe
+# %% ../../nbs/7_engine/71_train.ipynb #6fd46b51
 def _finish(session, info):
     "Weights of the generator, then run.json: it marks a finished run"
     if session.accelerator.is_main_process:
@@ -610,7 +610,7 @@ def _finish(session, info):
             skipped=session.skipped, seconds=round(session.seconds, 3), date=datetime.date.today().isoformat()))
     session.accelerator.wait_for_everyone()
 
-# %% ../../nbs/7_engine/71_train.ipynb #ad6c1789
+# %% ../../nbs/7_engine/71_train.ipynb #6ce5b115
 def median_window(
     cohort,             # a Cohort
     modality,           # whose window
@@ -619,12 +619,12 @@ def median_window(
     windows = [load_subject(s, [modality]).windows[modality] for s in cohort.split('train')]
     return [float(median(w[k] for w in windows)) for k in (0, 1)]
 
-# %% ../../nbs/7_engine/71_train.ipynb #e4445b80
+# %% ../../nbs/7_engine/71_train.ipynb #02a26b11
 def _pairs(config, cohort, split, **options):
     "Slices of one split at the run's size"
     return SlicePairs(cohort, split, config.sources, config.target, size=config.size, seed=config.seed, **options)
 
-# %% ../../nbs/7_engine/71_train.ipynb #73b182ec
+# %% ../../nbs/7_engine/71_train.ipynb #9223a408
 def train(
     config: TrainConfig,    # settings
     cohort,                 # a Cohort with a train split
