@@ -597,6 +597,16 @@ def test_directions_in_half_the_bytes(build):
         assert y.dtype == torch.bfloat16 and error(y, out.detach()) < 4e-3
         for g, e in zip([g for g in grads if g is not None], exact, strict=True): assert g.dtype == torch.bfloat16 and error(g, e) < 4e-3
 
+@pytest.mark.parametrize('l, c', [(0, 3), (5, 0)])
+@pytest.mark.parametrize('rank', [0, 2])
+def test_gradients_of_nothing_are_zero(build, l, c, rank):
+    k, n = 2, 4
+    new(shape=(2, 2**20)).fill_(torch.nan), torch.full((2**16,), torch.nan)
+    x = OrderedInputs(torch.ones(2, l, c), torch.ones(2, k, l, rank or c), -torch.ones(k*c, n), torch.ones(2, k, l, n),
+        torch.ones(2, k, l, n), torch.ones(k*c), torch.ones(k*c), torch.arange(l).expand(k, l), torch.ones(k, c, rank) if rank else None)
+    y, borders = ordered_forward(x, True, build=build)
+    for g in ordered_backward(y, x, borders, True, build=build): assert g is None or not g.any()
+
 def test_pixels_no_direction_visits_get_nothing(build):
     x, softplus = image_case(7, 'random')
     order = x.order.clone()

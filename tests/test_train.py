@@ -314,6 +314,18 @@ def test_wrong_settings(change):
     with pytest.raises(ConfigError) as e: settings(**change)
     assert next(iter(change)) in str(e.value) or 'max_steps' in str(e.value)
 
+@pytest.mark.parametrize('wrong', [0, -1, 2., '2', None])
+@pytest.mark.parametrize('name', ['i2i_mamba', 'hmf_mambainr'])
+def test_wrong_patches_are_named(name, wrong):
+    args = dict(base_channels=4, n_stages=2, patch_size=wrong)
+    with pytest.raises(ConfigError, match=f'patch_size.*given {wrong!r}'):
+        build_recipe(settings(network=name, network_args=args, size=32))
+
+def test_sizes_that_patches_do_not_divide_are_refused_before_training():
+    args = dict(base_channels=4, n_stages=2, patch_size=2)
+    with pytest.raises(ConfigError, match='multiples of 8, 16 or more'):
+        build_recipe(settings(network='i2i_mamba', network_args=args, size=36))
+
 def test_unknown_settings_name_the_nearest():
     for wrong, near in (('batchsize', 'batch_size'), ('network_arg', 'network_args'), ('max_step', 'max_steps')):
         with pytest.raises(ConfigError, match=f"'{wrong}'.*Did you mean '{near}'"): from_dict(TrainConfig, asdict(settings()) | {wrong: 1})

@@ -174,7 +174,7 @@ def activation_checkpointing(
     for m in stages: m.recompute = bool(on)
     return network
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #55f54b45
+# %% ../../nbs/4_blocks/40_conv.ipynb #7a5967b1
 def outputs_of(
     network,            # module that is called
     *inputs,            # what it takes
@@ -183,7 +183,7 @@ def outputs_of(
     "dict name -> what the part gave in one forward pass without gradients, in the order in which the parts ran"
     seen = {}
     def keep(name): return lambda module, args, out: seen.__setitem__(name, out.detach())
-    hooks = [m.register_forward_hook(keep(n)) for n, m in (parts or dict(network.named_children())).items()]
+    hooks = [m.register_forward_hook(keep(n)) for n, m in (dict(network.named_children()) if parts is None else parts).items()]
     try:
         with torch.no_grad(), frozen_statistics(network): network(*inputs)
     finally:
@@ -204,17 +204,18 @@ def effective_fields(
     middle = y[:, :channels, y.shape[2]//2, y.shape[3]//2].sum()
     return [g.abs().mean(0) for g in torch.autograd.grad(middle, images)]
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #849534e3
+# %% ../../nbs/4_blocks/40_conv.ipynb #29ae017c
 def check_kind(
     x,                  # a floating tensor
     like,               # a module, whose first parameter counts, or a tensor
     what,               # for the message
 ):
-    "Raise ShapeError unless x has dtype and device of `like`; under autocast any floating dtype will do"
+    "Raise ShapeError unless x has dtype and device of `like`; autocast converts all but float64, and offloaded weights lie on meta"
     if isinstance(like, nn.Module): like = next(like.parameters(), x)
-    if x.device != like.device:
+    if x.device != like.device and like.device.type != 'meta':
         raise ShapeError(what, given=f'device {x.device}', expected=f'{like.device}', hint=f'Move it with .to({str(like.device)!r}).')
-    if x.dtype != like.dtype and (x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type)):
+    converted = x.device.type != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != like.dtype and not converted:
         raise ShapeError(what, given=f'{x.dtype}', expected=f'{like.dtype}', hint=f'Convert with .to({like.dtype}).')
 
 # %% ../../nbs/4_blocks/40_conv.ipynb #52c3ec91
@@ -238,7 +239,7 @@ def check_images(
         bad(f'height and width divisible by {multiple} and at least {smallest}', 'Pad or crop the slices first.')
     if net is not None: check_kind(x, net, f'images for {who}')
 
-# %% ../../nbs/4_blocks/40_conv.ipynb #27d0cc83
+# %% ../../nbs/4_blocks/40_conv.ipynb #e12d23a2
 def check_times(
     who,                # for the message
     t,                  # time steps, (b,)
@@ -249,7 +250,9 @@ def check_times(
     def bad(given): raise ShapeError(f'time for {who}', given=given, expected=wanted, hint='Steps are counted from 0.')
     if t.dtype == torch.bool or t.is_complex(): bad(f'{t.dtype}')
     if type(t) is not Tensor or t.device.type != 'cpu' or torch.compiler.is_compiling() or not t.numel(): return
-    if not t.isfinite().all() or t.min() < 0 or t.max() > (math.inf if steps is None else steps-1): bad(str(t.tolist()))
+    try: fine = bool(t.isfinite().all() and t.min() >= 0 and t.max() <= (math.inf if steps is None else steps-1))
+    except RuntimeError: return     # inside vmap or a tracer there is no value to look at
+    if not fine: bad(str(t.tolist()))
 
 # %% ../../nbs/4_blocks/40_conv.ipynb #99b537e8
 def check_further(

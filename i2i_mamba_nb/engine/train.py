@@ -191,7 +191,7 @@ def _known(what, build, args, besides=()):
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return
     for key in args: check_choice(f'setting of {what}', key, [p for p in parameters if p not in besides])
 
-# %% ../../nbs/7_engine/71_train.ipynb #2938483d
+# %% ../../nbs/7_engine/71_train.ipynb #00af51b6
 def _fits(config, record, args, channels):
     "Refuse a size or a number of channels that the network cannot take"
     if record.inputs.channels(args) != channels: raise ConfigError(f'channels of {record.name}', given=record.inputs.channels(args),
@@ -199,9 +199,10 @@ def _fits(config, record, args, channels):
     multiple, smallest = record.inputs.sides(args)
     for side in config.size if isinstance(config.size, tuple) else (config.size,):
         if side % multiple or side < smallest: raise ConfigError('setting size', given=config.size,
-            expected=f'multiples of {multiple}, {smallest} or more, for {record.name}', hint='Change the size.')
+            expected=f'multiples of {multiple}, {smallest} or more, for {record.name}',
+            hint='Change the size. A run that began with it needs the version that began it.')
 
-# %% ../../nbs/7_engine/71_train.ipynb #8dd2a3b4
+# %% ../../nbs/7_engine/71_train.ipynb #792c499a
 def _built(config, role, name):
     "The network of one role"
     i = len(config.sources)
@@ -209,8 +210,9 @@ def _built(config, role, name):
     channels = dict(n_sources=i) if record.kind == 'generator' else dict(n_channels=i+1)
     args = config.network_args if name is None else record.presets.get(config.preset, {}) | config.role_args.get(role, {})
     _known(record.name, record.build, args)
+    net = record.build(**(channels | args))
     _fits(config, record, channels | args, *channels.values())
-    return record.build(**(channels | args))
+    return net
 
 # %% ../../nbs/7_engine/71_train.ipynb #7dec6f3e
 def build_recipe(
@@ -325,18 +327,29 @@ def train_step(
     session.step += 1
     return row
 
-# %% ../../nbs/7_engine/71_train.ipynb #bfbf606e
+# %% ../../nbs/7_engine/71_train.ipynb #0eb92b82
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4     # names of glibc's settings
+_keeping = threading.Lock()
+
+def _allocator():
+    "glibc's mallopt and malloc_trim; stand-ins with another C library, or where the user set the allocator by environment"
+    if any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ): return lambda *_: 0, lambda _: 0
+    try: return tuple(getattr(ctypes.CDLL(None), n) for n in ('mallopt', 'malloc_trim'))
+    except (OSError, AttributeError, TypeError): return lambda *_: 0, lambda _: 0
 
 @contextlib.contextmanager
 def memory_kept():
-    "Inside, glibc keeps freed memory for the next step, up to the largest step's; afterwards it goes back. Nothing happens elsewhere"
-    try: mallopt, trim = (getattr(ctypes.CDLL(None), n) for n in ('mallopt', 'malloc_trim'))
-    except (OSError, AttributeError, TypeError): mallopt = trim = lambda *_: 0      # another C library
-    mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_MMAP_MAX, 0)
-    try: yield
+    "Inside, glibc keeps freed memory for the next step; behind the outermost block it goes back. Nothing happens elsewhere"
+    if not _keeping.acquire(blocking=False):        # a block around this one, or in another thread, does it
+        yield
+        return
+    mallopt, trim = _allocator()
+    try:
+        mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_MMAP_MAX, 0)
+        yield
     finally:    # what glibc comes to by itself after large blocks
         mallopt(M_MMAP_THRESHOLD, 2**25), mallopt(M_TRIM_THRESHOLD, 2**26), mallopt(M_MMAP_MAX, 65536), trim(0)
+        _keeping.release()
 
 # %% ../../nbs/7_engine/71_train.ipynb #ccbd3cc5
 def cut_log(session):

@@ -4,7 +4,7 @@
 __all__ = ['DTYPES', 'LARGE', 'POOLED', 'POOL', 'SMALL', 'BUILDS', 'View', 'Scan', 'view', 'address', 'parameter', 'Pool', 'new',
            'n_threads', 'Kernel', 'build_path', 'check_file', 'load_build', 'find_kernel', 'told', 'kernel',
            'build_reasons', 'cpu_takes', 'n_groups', 'border_size', 'cpu_forward', 'cpu_backward', 'OrderedInputs',
-           'steps_of', 'ordered_border_size', 'ordered_forward', 'ordered_backward']
+           'ordered_border_size', 'ordered_forward', 'ordered_backward']
 
 # %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #b3e65358
 import ctypes
@@ -280,7 +280,7 @@ def cpu_backward(
     found = {**flowing, **{k: v.sum(0) if len(v) > 1 else v[0] for k, v in shared.items()}, 'initial_state': initial}
     return ScanInputs(*(None if x is None else found[k].to(x.dtype) for k, x in inputs._asdict().items()))
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #e3151e79
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #6b8d0b7b
 class OrderedInputs(NamedTuple):
     "A scan of k directions over the pixels of an image, channels last; everything stays in pixel order"
     u: Tensor           # (b l c) pixels, shared by the directions
@@ -292,14 +292,6 @@ class OrderedInputs(NamedTuple):
     delta_bias: Tensor | None   # (k*c)
     order: Tensor       # (k m) pixels in the order visited, int64; -1 at the end of a row: the direction is shorter
     delta_weight: Tensor | None = None  # (k c r): the raw step sizes are delta @ delta_weight.mT, and never stored
-
-def steps_of(
-    inputs: OrderedInputs,  # with delta itself or with its factors
-) -> Tensor:
-    "Raw step sizes (b k l c)"
-    if inputs.delta_weight is None: return inputs.delta
-    wide = torch.promote_types(inputs.delta.dtype, inputs.delta_weight.dtype)
-    return inputs.delta.to(wide) @ inputs.delta_weight.to(wide).mT
 
 def ordered_border_size(inputs: OrderedInputs, width: int, chunk: int):
     "Numbers kept for backward of an ordered scan"
@@ -343,7 +335,7 @@ def ordered_forward(
     if y.numel(): build.library.scan_forward(ctypes.byref(s))
     return y.to(u.dtype), borders
 
-# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #5314e631
+# %% ../../nbs/1_ssm/12_cpu_kernel.ipynb #2c588a8a
 @torch.no_grad()
 def ordered_backward(
     grad_y: Tensor,         # (b l c)
@@ -359,14 +351,15 @@ def ordered_backward(
     _demand_borders(borders, ordered_border_size(inputs, build.width, build.chunk))
     s, _kept = _ordered_job(inputs, softplus, threads)
     partial = inputs.order.shape[1] < inputs.u.shape[1] or bool((inputs.order < 0).any())
-    of_u = new(shape=inputs.u.shape, zero=True)
-    of_B, of_C = (new(x, zero=partial) for x in (inputs.B, inputs.C))
+    of_u, empty = new(shape=inputs.u.shape, zero=True), not grad_y.numel()      # the kernel is not called for nothing
+    of_B, of_C = (new(x, zero=partial or empty) for x in (inputs.B, inputs.C))
     of_delta = new(inputs.delta, shape=None if weight is None else (*inputs.delta.shape[:3], inputs.u.shape[2]), zero=partial)
-    shared = [None if x is None else new(shape=(b, *x.shape)) for x in (inputs.A, inputs.D, inputs.delta_bias, weight)]
+    shared = [None if x is None else new(shape=(b, *x.shape), zero=empty) for x in (inputs.A, inputs.D, inputs.delta_bias, weight)]
     s.grad_y, s.grad_u, s.grad_delta, s.grad_B, s.grad_C = map(_images, (grad_y, of_u, of_delta, of_B, of_C))
     s.borders, s.grad_A, s.grad_D, s.grad_bias, s.grad_delta_weight = map(address, (borders, *shared))
-    if grad_y.numel(): build.library.scan_backward(ctypes.byref(s))
+    if not empty: build.library.scan_backward(ctypes.byref(s))
     of_A, of_D, of_bias, of_weight = (None if x is None else x.sum(0) for x in shared)
-    if weight is not None: of_delta = new(inputs.delta).copy_(of_delta @ weight.float())
+    if weight is not None:
+        with torch.autocast('cpu', enabled=False): of_delta = new(inputs.delta).copy_(of_delta @ weight.float())
     found = of_u, of_delta, of_A, of_B, of_C, of_D, of_bias, None, of_weight
     return OrderedInputs(*(None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)))

@@ -5,10 +5,10 @@ __all__ = ['ORDERS', 'scan_paths', 'DIRECTIONS', 'ORDERED', 'ordered_op', 'order
            'visit', 'raster', 'column', 'reverse', 'column_reverse', 'snake', 'diagonal', 'zigzag', 'check_step',
            'window', 'skip', 'show_orders', 'spiral_in', 'spiral_out', 'hilbert', 'OrderName', 'parse_order',
            'check_directions', 'orders', 'scan_order', 'inverse', 'reversed_order', 'gather_paths', 'scatter_paths',
-           'gather_each', 'cross_scan', 'cross_merge', 'check_ordered', 'demand_paths', 'ordered_scan', 'skip_orders',
-           'Locality', 'locality']
+           'gather_each', 'cross_scan', 'cross_merge', 'check_ordered', 'demand_paths', 'steps_of', 'ordered_scan',
+           'skip_orders', 'Locality', 'locality']
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #c1edc8a9
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #f55a04a2
 import functools
 import itertools
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import ConfigError, ShapeError, check_choice
-from .cpu_kernel import OrderedInputs, kernel, ordered_backward, ordered_border_size, ordered_forward, steps_of
+from .cpu_kernel import OrderedInputs, kernel, ordered_backward, ordered_border_size, ordered_forward
 from .dispatch import check_backend, constant, operator, selective_scan
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #d9098c4e
@@ -325,7 +325,7 @@ def cross_merge(
     if not isinstance(directions, Tensor): directions = orders(directions, h, w, y.device)
     return scatter_paths(y, directions, h*w)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #02488d29
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #fc19136b
 def _expected(inputs):
     "Shape that each input of an ordered scan must have"
     (b, l, c), (k, m), n, weight = inputs.u.shape, inputs.order.shape, inputs.A.shape[-1], inputs.delta_weight
@@ -341,6 +341,9 @@ def check_ordered(
         x = getattr(inputs, name)
         if x is None or x.ndim == axes: continue
         raise ShapeError(name, given=f'shape {tuple(x.shape)}', expected=f'{axes} axes', hint='See ordered_scan.')
+    if inputs.delta_weight is not None and not inputs.delta_weight.shape[2]:
+        raise ShapeError('delta_weight', given=f'shape {tuple(inputs.delta_weight.shape)}', expected='at least one factor',
+            hint='See ordered_scan.')
     for name, shape in _expected(inputs).items():
         x = getattr(inputs, name)
         if x is not None and tuple(x.shape) != shape:
@@ -379,7 +382,7 @@ def _fake_ordered(*args):
     size = ordered_border_size(inputs, kernel().width, kernel().chunk) if keep else 0
     return inputs.u.new_empty(inputs.u.shape), inputs.u.new_empty(size, dtype=torch.float32)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #37a44509
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #b19302f4
 def _ordered_backward(grad_y, borders, *args):
     "Backward of the compiled ordered scan: the gradients of the inputs that are there"
     grads = ordered_backward(grad_y, OrderedInputs(*args[:9]), borders, args[9])
@@ -387,8 +390,9 @@ def _ordered_backward(grad_y, borders, *args):
 
 def _fake_ordered_backward(grad_y, borders, *args):
     plain = lambda x: x.new_empty(x.shape)
-    there = [x for x in (*args[1:7], args[8]) if x is not None]
-    return [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in there)]
+    there = [x for x in args[1:7] if x is not None]
+    made = [plain(args[0]), *((torch.empty_like if x.ndim > 2 else plain)(x) for x in there)]
+    return made if args[8] is None else [*made, plain(args[8])]
 
 # %% ../../nbs/1_ssm/15_scan_orders.ipynb #dcb16d91
 def _keep_ordered(ctx, inputs, output):
@@ -408,9 +412,17 @@ ordered_op = operator('ordered_scan', f'({ORDERED}) -> (Tensor, Tensor)', _order
 ordered_backward_op = operator('ordered_scan_backward', f'(Tensor grad_y, Tensor borders, {ORDERED}) -> Tensor[]',
     _ordered_backward, _fake_ordered_backward)
 
-# %% ../../nbs/1_ssm/15_scan_orders.ipynb #433a5051
+# %% ../../nbs/1_ssm/15_scan_orders.ipynb #2b505233
 @constant
 def _walks_in_place(backend, device, wide): return backend in ('auto', 'cpu') and device == 'cpu' and not wide and kernel() is not None
+
+def steps_of(
+    inputs: OrderedInputs,  # with delta itself or with its factors
+) -> Tensor:
+    "Raw step sizes (b k l c)"
+    if inputs.delta_weight is None: return inputs.delta
+    wide = torch.promote_types(inputs.delta.dtype, inputs.delta_weight.dtype)
+    return inputs.delta.to(wide) @ inputs.delta_weight.to(wide).mT
 
 def _gathered(x, softplus, backend):
     "The ordered scan on any backend: gather, one flat selective scan, scatter"
