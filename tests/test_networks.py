@@ -156,6 +156,20 @@ def separate(net, real, fake, more, steps=300):
     return losses[-1]/losses[0]
 
 @every
+def test_04_gradients_are_slopes(record, config):
+    "Along its own gradient the output rises as steeply as the gradient says: nothing on the way is detached"
+    net, (x, *more) = build(record, config).double().eval(), [v.double() if v.ndim > 1 else v for v in inputs(record, config)]
+    def height(x):
+        out = net(x, *more)
+        maps = out if isinstance(out, tuple | list) else [out]
+        return sum((m*torch.linspace(-1, 1, m.numel(), dtype=m.dtype).view_as(m)).sum() for m in maps)
+    gradient, = torch.autograd.grad(height(x.requires_grad_()), x)
+    steep = gradient.norm()
+    step = 1e-7*gradient/steep
+    with torch.no_grad(): slope = (height(x+step)-height(x-step))/2e-7
+    torch.testing.assert_close(slope, steep, rtol=1e-3, atol=0)
+
+@every
 def test_05_overfits_one_pair(record, config):
     net, c, (m, smallest) = build(record, config), record.inputs.channels(config), record.inputs.sides(config)
     side = -(-max(24, smallest)//m)*m
