@@ -207,7 +207,7 @@ class Inputs:
         "(what h and w are divisible by, the least they may be) under a configuration"
         return self.multiple*self.patch(config), self.smallest*self.patch(config)
 
-# %% ../nbs/0_start/01_core.ipynb #4637ef8e
+# %% ../nbs/0_start/01_core.ipynb #c16cb6f3
 @dataclass(frozen=True)
 class Spec:
     "Images into a generator, images out of it, and time"
@@ -223,7 +223,7 @@ def plain_fit(
     "Configuration of a generator that knows no time: noisy images and, where there are time steps, a map of the time are sources too"
     return dict(n_sources=spec.sources+spec.noise+bool(spec.steps), n_targets=spec.targets)
 
-# %% ../nbs/0_start/01_core.ipynb #2eafe8e7
+# %% ../nbs/0_start/01_core.ipynb #e549a09a
 def _no_scan(config): return False
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Network:
     scans: Callable = _no_scan              # config -> whether a selective scan is inside
     fits: Callable | None = None            # Spec -> configuration; None for what cannot serve as a generator
 
-# %% ../nbs/0_start/01_core.ipynb #b3482d2b
+# %% ../nbs/0_start/01_core.ipynb #a05f5c52
 @dataclass(frozen=True)
 class Recipe:
     "Record of one way to learn"
@@ -251,7 +251,7 @@ class Recipe:
     build: Callable                         # networks and options by keyword -> recipe object
     networks: dict                          # role -> registered name; None is chosen by the user
 
-# %% ../nbs/0_start/01_core.ipynb #e9344f25
+# %% ../nbs/0_start/01_core.ipynb #bf753c54
 _records = {Network: {}, Recipe: {}}
 
 def register(
@@ -261,13 +261,13 @@ def register(
     _records[type(record)][record.name] = record
     return record
 
-# %% ../nbs/0_start/01_core.ipynb #c4e9dabd
+# %% ../nbs/0_start/01_core.ipynb #d5547145
 def _discover(package):
     "Import every module of a subpackage, so that its records enter the registry"
     home = importlib.import_module(f'{__package__ or "i2i_mamba_nb"}.{package}')
     for m in pkgutil.iter_modules(home.__path__): importlib.import_module(f'{home.__name__}.{m.name}')
 
-# %% ../nbs/0_start/01_core.ipynb #8b592bb3
+# %% ../nbs/0_start/01_core.ipynb #bab58bea
 def networks(
     kind=None,      # 'generator', 'discriminator', 'autoencoder' or None for all
 ):
@@ -275,7 +275,7 @@ def networks(
     _discover('models')
     return {n: r for n, r in sorted(_records[Network].items()) if kind in (None, r.kind)}
 
-# %% ../nbs/0_start/01_core.ipynb #f2475d7e
+# %% ../nbs/0_start/01_core.ipynb #3c2c5a81
 def recipes():
     "Registered recipes by name"
     _discover('learn')
@@ -284,7 +284,7 @@ def recipes():
 def network(name): "The record of a network; ConfigError names the nearest"; return networks()[check_choice('network', name, networks())]
 def recipe(name): "The record of a recipe; ConfigError names the nearest"; return recipes()[check_choice('recipe', name, recipes())]
 
-# %% ../nbs/0_start/01_core.ipynb #4f826ff8
+# %% ../nbs/0_start/01_core.ipynb #55838075
 def slice_view(
     volume,         # (x, y, z) array in canonical RAS orientation
     axis=2,         # 0 sagittal, 1 coronal, 2 axial
@@ -294,7 +294,7 @@ def slice_view(
     index = volume.shape[axis]//2 if index is None else index
     return np.take(np.asarray(volume), index, axis).T[::-1]
 
-# %% ../nbs/0_start/01_core.ipynb #56a28818
+# %% ../nbs/0_start/01_core.ipynb #234e6171
 def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     "One picture on one pair of axes"
     low, high = limits or (None, None)
@@ -303,7 +303,7 @@ def _panel(ax, image, title, cmap, limits, colorbar, aspect=1.):
     ax.set_xticks([]), ax.set_yticks([])
     if colorbar: ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03)
 
-# %% ../nbs/0_start/01_core.ipynb #f95d7575
+# %% ../nbs/0_start/01_core.ipynb #9342da91
 def _grid(n, ncols, size, aspect=1.):
     "Figure with n axes in ncols columns, the rest switched off"
     import matplotlib.pyplot as plt
@@ -313,7 +313,7 @@ def _grid(n, ncols, size, aspect=1.):
     for ax in axes.flat[n:]: ax.axis('off')
     return fig, axes.flat[:n]
 
-# %% ../nbs/0_start/01_core.ipynb #094ceb9a
+# %% ../nbs/0_start/01_core.ipynb #a21a3520
 def show_images(
     images,             # list of 2-D arrays [row, column]
     titles=None,        # list of titles
@@ -332,7 +332,7 @@ def show_images(
         _panel(ax, image, titles and titles[k], cmap, limits, colorbar, aspect)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #d2ab11d2
+# %% ../nbs/0_start/01_core.ipynb #24e5e12e
 def show_comparison(
     sources,            # dict name -> 2-D array
     target,             # 2-D array
@@ -351,7 +351,7 @@ def show_comparison(
     _panel(axes[-1], np.abs(np.asarray(fake)-np.asarray(target)), 'absolute error', 'inferno', (0, (high-low)/4), True)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #6219eb8e
+# %% ../nbs/0_start/01_core.ipynb #d1289aec
 def show_curves(
     curves,             # dict name -> y, or (x, y)
     *,
@@ -370,7 +370,7 @@ def show_curves(
     ax.legend(fontsize=8), ax.grid(alpha=.3)
     return fig
 
-# %% ../nbs/0_start/01_core.ipynb #3fe47e41
+# %% ../nbs/0_start/01_core.ipynb #d135bc9a
 GLOSSARY = {
     'source': 'an image that is at hand and goes into the network',
     'target': 'the image that is missing in use and present in training',
@@ -391,7 +391,7 @@ GLOSSARY = {
 
 def glossary(term): "Meaning of a term of this book; ConfigError names the nearest"; return GLOSSARY[check_choice('term', term, GLOSSARY)]
 
-# %% ../nbs/0_start/01_core.ipynb #95ded9d4
+# %% ../nbs/0_start/01_core.ipynb #359b7962
 def versions():
     "Versions that a result depends on: python, torch, numpy and this package"
     from i2i_mamba_nb import __version__
